@@ -1,0 +1,204 @@
+// The Python module spark_fast._native. Arguments are addresses and sizes; Python has validated them.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using spark::ConvShape;
+using spark::Geometry;
+
+enum class Isa { portable, avx2, avx512 };
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#ifdef SPARK_HAS_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+#endif
+#ifdef SPARK_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+#endif
+  return Isa::portable;
+}
+
+Isa current_isa = best_isa();
+
+const char* isa_name() {
+  return current_isa == Isa::avx512 ? "avx512" : current_isa == Isa::avx2 ? "avx2" : "portable";
+}
+
+// Tests run every instruction set that this build and this machine have.
+void set_isa(const std::string& name) {
+  const Isa wanted = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::portable;
+  if (wanted > best_isa() || (name != "avx512" && name != "avx2" && name != "portable"))
+    throw py::value_error("this build on this machine has no instruction set '" + name + "'");
+#ifndef SPARK_HAS_AVX2
+  if (wanted == Isa::avx2) throw py::value_error("this build has no instruction set 'avx2'");
+#endif
+  current_isa = wanted;
+}
+
+// Calls `kernel` of the namespace of the current instruction set.
+#ifdef SPARK_HAS_AVX512
+#define SPARK_AVX512_CASE(...) \
+  if (current_isa == Isa::avx512) return spark::avx512::__VA_ARGS__;
+#else
+#define SPARK_AVX512_CASE(...)
+#endif
+#ifdef SPARK_HAS_AVX2
+#define SPARK_AVX2_CASE(...) \
+  if (current_isa == Isa::avx2) return spark::avx2::__VA_ARGS__;
+#else
+#define SPARK_AVX2_CASE(...)
+#endif
+#define SPARK_DISPATCH(...)      \
+  SPARK_AVX512_CASE(__VA_ARGS__) \
+  SPARK_AVX2_CASE(__VA_ARGS__)   \
+  return spark::portable::__VA_ARGS__
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (coords, grid_to_patch, patches, gh, gw, side_query, side_source, kh, kw, y grid, y in, y length, x grid, x in,
+// x length)
+Geometry geometry(const py::tuple& t) {
+  const auto number = [&](int i) { return t[i].cast<int64_t>(); };
+  const auto table = [&](int i) { return at<const int32_t>(t[i].cast<Address>()); };
+  if (t.size() != 15) throw py::value_error("a geometry has 15 entries");
+  return {table(0),  table(1),  number(2),
+          number(3), number(4), number(5),
+          number(6), number(7), number(8),
+          {table(9), table(10), number(11)},
+          {table(12), table(13), number(14)}};
+}
+
+// Runs `call(T{})` with T = float or double, without the interpreter lock.
+template <typename Call>
+void with_type(int64_t element_size, Call call) {
+  py::gil_scoped_release release;
+  if (element_size == 4)
+    call(float{});
+  else
+    call(double{});
+}
+
+void conv_gather_gemm(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
+                      int64_t groups, Address source, Address packed, Address bias, Address query, int threads) {
+  const Geometry g = geometry(where);
+  const ConvShape s{source_channels, query_channels, groups};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(conv_gather_gemm<T>(g, s, at<const T>(source), at<const T>(packed), at<const T>(bias), at<T>(query),
+                                       threads));
+  });
+}
+
+void conv_grad_weight(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
+                      int64_t groups, Address source, Address query, Address packed, int threads) {
+  const Geometry g = geometry(where);
+  const ConvShape s{source_channels, query_channels, groups};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(conv_grad_weight<T>(g, s, at<const T>(source), at<const T>(query), at<T>(packed), threads));
+  });
+}
+
+void pack_weight(int64_t element_size, int64_t source_channels, int64_t query_channels, int64_t groups, int64_t taps,
+                 bool transposed, Address weight, Address packed, int threads) {
+  const ConvShape s{source_channels, query_channels, groups};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(pack_weight<T>(s, taps, transposed, at<const T>(weight), at<T>(packed), threads));
+  });
+}
+
+void unpack_weight(int64_t element_size, int64_t source_channels, int64_t query_channels, int64_t groups, int64_t taps,
+                   Address packed, Address weight, int threads) {
+  const ConvShape s{source_channels, query_channels, groups};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(unpack_weight<T>(s, taps, at<const T>(packed), at<T>(weight), threads));
+  });
+}
+
+int64_t panel_columns(int64_t element_size) { SPARK_DISPATCH(panel_columns(element_size)); }
+
+void depthwise_gather(const py::tuple& where, int64_t element_size, int64_t channels, Address source, Address weight,
+                      Address bias, Address query, int threads) {
+  const Geometry g = geometry(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(depthwise_gather<T>(g, channels, at<const T>(source), at<const T>(weight), at<const T>(bias),
+                                       at<T>(query), threads));
+  });
+}
+
+void depthwise_grad_weight(const py::tuple& where, int64_t element_size, int64_t channels, Address source,
+                           Address query, Address grad, int threads) {
+  const Geometry g = geometry(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(depthwise_grad_weight<T>(g, channels, at<const T>(source), at<const T>(query), at<T>(grad),
+                                            threads));
+  });
+}
+
+void max_pool_forward(const py::tuple& where, int64_t element_size, int64_t channels, Address source, Address query,
+                      Address argmax, int threads) {
+  const Geometry g = geometry(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(max_pool_forward<T>(g, channels, at<const T>(source), at<T>(query), at<int16_t>(argmax), threads));
+  });
+}
+
+void max_pool_grad_input(const py::tuple& where, int64_t element_size, int64_t channels, Address grad, Address argmax,
+                         Address query, int threads) {
+  const Geometry g = geometry(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(max_pool_grad_input<T>(g, channels, at<const T>(grad), at<const int16_t>(argmax), at<T>(query),
+                                          threads));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of spark_fast. See spark_fast/ops/*/cpu.py for the launchers.";
+  m.def("isa", &isa_name, "Instruction set in use.");
+  m.def("set_isa", &set_isa);
+  m.def("openmp", [] {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+  });
+  m.def("panel_columns", &panel_columns);
+  m.def("conv_gather_gemm", &conv_gather_gemm);
+  m.def("conv_grad_weight", &conv_grad_weight);
+  m.def("pack_weight", &pack_weight);
+  m.def("unpack_weight", &unpack_weight);
+  m.def("depthwise_gather", &depthwise_gather);
+  m.def("depthwise_grad_weight", &depthwise_grad_weight);
+  m.def("max_pool_forward", &max_pool_forward);
+  m.def("max_pool_grad_input", &max_pool_grad_input);
+}

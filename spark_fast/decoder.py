@@ -1,0 +1,74 @@
+"""The hierarchical decoder: a light U-Net from the coarsest map to the image (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+
+class UpBlock(nn.Module):
+    """Doubles the resolution: (B, in, H, W) -> (B, out, 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.up_sample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.up_sample(x))
+
+
+class Decoder(nn.Module):
+    """log2(total_stride) blocks, each halving the width and doubling the resolution, then a 1x1 convolution.
+
+    Args:
+        total_stride: the encoder's, a power of two.
+        width: channels at the coarsest map; must be divisible by `total_stride`.
+        out_chans: image channels.
+
+    Raises:
+        ValueError: `width` does not fit.
+    """
+
+    def __init__(self, total_stride: int, width: int = 768, out_chans: int = 3):
+        super().__init__()
+        if width < total_stride or width % total_stride:
+            raise ValueError(
+                f"decoder_width must be a multiple of the total stride {total_stride} (it is halved at each scale); "
+                f"got {width}"
+            )
+        self.width = width
+        blocks = total_stride.bit_length() - 1
+        widths = [width >> k for k in range(blocks + 1)]
+        self.dec = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.proj = nn.Conv2d(widths[-1], out_chans, 1)
+        self.apply(_init)
+
+    def forward(self, maps: list[torch.Tensor | None]) -> torch.Tensor:
+        """Prediction (B, out_chans, H, W).
+
+        Args:
+            maps: entry k is added before block k: (B, width >> k, h << k, w << k), or None. The first is not None.
+        """
+        x = maps[0]
+        for k, block in enumerate(self.dec):
+            if 0 < k < len(maps) and maps[k] is not None:
+                x = x + maps[k]
+            x = block(x)
+        return self.proj(x)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

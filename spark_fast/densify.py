@@ -1,0 +1,57 @@
+"""Densify: sparse feature maps to dense ones, masked places filled with a learned token (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+from spark_fast.nn import SparseBatchNorm2d, SparseLayerNorm
+from spark_fast.tensor import SparseTensor
+
+
+class Densify(nn.Module):
+    """Norm, fill and projection of each stage; lists are ordered from the coarsest stage to the finest.
+
+    Args:
+        channels: of the stages' maps.
+        widths: the decoder's widths at these stages.
+        norm: "bn", "ln" or "none".
+
+    Attributes:
+        norms, projs: one module per stage.
+        mask_tokens: one (1, C, 1, 1) parameter per stage.
+    """
+
+    def __init__(self, channels: list[int], widths: list[int], norm: str):
+        super().__init__()
+        self.norms = nn.ModuleList(_norm(norm, c) for c in channels)
+        self.projs = nn.ModuleList(
+            _projection(c, w, coarsest=i == 0) for i, (c, w) in enumerate(zip(channels, widths, strict=True))
+        )
+        self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, c, 1, 1)) for c in channels)
+        for token in self.mask_tokens:
+            trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(self, maps: list[SparseTensor]) -> list[torch.Tensor]:
+        """Dense maps (B, width_i, H_i, W_i) from sparse ones (B, C_i, H_i, W_i), coarsest first."""
+        return [
+            proj(norm(x).to_dense(fill=token.flatten().to(x.dtype)))
+            for x, norm, proj, token in zip(maps, self.norms, self.projs, self.mask_tokens, strict=True)
+        ]
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "bn":
+        return SparseBatchNorm2d(channels)
+    if kind == "ln":
+        return SparseLayerNorm(channels, eps=1e-6)
+    if kind == "none":
+        return nn.Identity()
+    raise ValueError(f"densify_norm must be 'auto', 'bn', 'ln' or 'none'; got {kind!r}")
+
+
+def _projection(channels: int, width: int, coarsest: bool) -> nn.Module:
+    if not coarsest:
+        return nn.Conv2d(channels, width, 3, padding=1)
+    return nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)

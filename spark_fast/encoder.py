@@ -1,0 +1,190 @@
+"""The encoder: any convnet, unmodified, on a SparseTensor; its feature maps, finest first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from spark_fast.patches import ActivePatches
+from spark_fast.tensor import SparseTensor
+
+
+class _Done(Exception):
+    """All wanted maps have been seen; what the model would do afterwards (head, pooling) is not needed."""
+
+
+class Encoder(nn.Module):
+    """A convnet and the layers whose outputs are its feature maps (paper, section 3.2).
+
+    Args:
+        model: a timm model name, or a module. A timm model's maps are those that its `feature_info` declares. Another
+            module's maps are the outputs of `feature_layers`, or else what its forward returns (a list, tuple or dict).
+        img_size: (height, width), to find strides and channels by one forward pass on a single patch.
+        in_chans: image channels C.
+        stages: how many maps to use, counted from the coarsest; default: all those of stride 4 and more.
+        feature_layers: names of submodules whose outputs are the maps, finest first.
+        drop_path_rate: stochastic depth of a timm model made by name.
+        model_kwargs: more arguments for timm.create_model.
+
+    Attributes:
+        model: the backbone; its state dict is the dense model's.
+        strides, channels: of the maps used, finest first.
+        total_stride: the coarsest stride.
+
+    Raises:
+        ValueError: unknown model or layer, no maps, maps not halving, `in_chans` that the model does not take.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        img_size: tuple[int, int],
+        in_chans: int = 3,
+        stages: int | None = None,
+        feature_layers: list[str] | None = None,
+        drop_path_rate: float = 0.0,
+        model_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        self.name = model if isinstance(model, str) else type(model).__name__
+        if isinstance(model, str):
+            model = _create(model, in_chans, drop_path_rate, model_kwargs or {})
+        elif not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a timm model name or a torch.nn.Module; got {type(model).__name__}")
+        elif model_kwargs or drop_path_rate:
+            raise ValueError("model_kwargs and drop_path_rate need a timm model name; set them on your module itself")
+        self.model = model
+        self.feature_layers = _feature_layers(model, feature_layers)
+        self._check_in_chans(in_chans)
+        self.used: list[int] | None = None  # indices of the maps used; None while probing: all
+        self._probe(img_size, in_chans, stages)
+
+    def _check_in_chans(self, in_chans: int) -> None:
+        first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels != in_chans:
+            raise ValueError(
+                f"in_chans={in_chans}, but the first convolution of {self.name} takes {first.in_channels} channels"
+            )
+
+    def _probe(self, img_size: tuple[int, int], in_chans: int, stages: int | None) -> None:
+        """Finds strides and channels of the maps by running one patch, and chooses the maps to use."""
+        side = math.gcd(*img_size)
+        grid = (img_size[0] // side, img_size[1] // side)
+        parameter = next(self.model.parameters(), torch.zeros(()))
+        active = torch.zeros(1, *grid, dtype=torch.bool, device=parameter.device)
+        active[0, 0, 0] = True
+        rows = parameter.new_zeros(side * side, in_chans)
+        was_training = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                maps = self(SparseTensor(rows, ActivePatches(active, per_image=1), side))
+        finally:
+            for module, training in was_training:
+                module.training = training
+        strides = [side // m.side for m in maps]
+        self.used = _choose(self.name, strides, stages)
+        self.strides = [strides[i] for i in self.used]
+        self.channels = [maps[i].features.shape[1] for i in self.used]
+        self.total_stride = self.strides[-1]
+
+    def forward(self, x: SparseTensor) -> list[SparseTensor]:
+        """The feature maps used, finest first.
+
+        Args:
+            x: (B, C, H, W) sparse images.
+
+        Raises:
+            TypeError: the model gave something other than SparseTensors.
+        """
+        maps = self._hooked(x) if self.feature_layers else _as_list(self.model(x))
+        for value in maps:
+            if not isinstance(value, SparseTensor):
+                raise TypeError(
+                    f"{self.name}: a feature map is {type(value).__name__}, not a SparseTensor. Give feature_layers, "
+                    "the names of layers whose outputs are feature maps"
+                )
+        return maps if self.used is None else [maps[i] for i in self.used]
+
+    def _hooked(self, x: SparseTensor) -> list[SparseTensor]:
+        found: dict[str, SparseTensor] = {}
+
+        def keep(name: str):
+            def hook(module, args, output):
+                found[name] = output
+                if len(found) == len(self.feature_layers):
+                    raise _Done
+
+            return hook
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_layers
+        ]
+        run = getattr(self.model, "forward_features", self.model)
+        try:
+            run(x)
+        except _Done:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.feature_layers if name not in found]
+        if missing:
+            raise ValueError(f"feature_layers: {', '.join(missing)} did not run in {self.name}'s forward")
+        return [found[name] for name in self.feature_layers]
+
+
+def _create(name: str, in_chans: int, drop_path_rate: float, kwargs: dict) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:5]
+        hint = f" Near it: {', '.join(close)}." if close else ""
+        raise ValueError(f"model={name!r} is not a timm model.{hint} `timm.list_models()` lists them")
+    settings = {"num_classes": 0, "in_chans": in_chans, **kwargs}
+    if drop_path_rate:
+        settings["drop_path_rate"] = drop_path_rate
+    return timm.create_model(name, **settings)
+
+
+def _feature_layers(model: nn.Module, names: list[str] | None) -> list[str] | None:
+    if names is None:
+        declared = getattr(model, "feature_info", None)
+        if not declared:
+            return None
+        infos = declared if isinstance(declared, list) else list(declared.info)
+        names = [info["module"] for info in infos]
+    known = dict(model.named_modules())
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"feature_layers: {', '.join(unknown) or 'the list is empty'}; name submodules of {type(model).__name__}, "
+            f"such as {', '.join(list(known)[1:6])}"
+        )
+    return list(names)
+
+
+def _as_list(maps) -> list:
+    if isinstance(maps, dict):
+        maps = list(maps.values())
+    if not isinstance(maps, list | tuple) or not maps:
+        raise TypeError(
+            f"the model must return its feature maps as a list, tuple or dict, finest first; got "
+            f"{type(maps).__name__}. Or give feature_layers, the names of the layers whose outputs are the maps"
+        )
+    return list(maps)
+
+
+def _choose(name: str, strides: list[int], stages: int | None) -> list[int]:
+    """Indices of the maps to use: the last of each stride, from stride 4 on, then the `stages` coarsest."""
+    if strides != sorted(strides) or any(s & (s - 1) for s in strides):
+        raise ValueError(f"{name}: the maps' strides must be powers of two, finest first; got {strides}")
+    last = {stride: i for i, stride in enumerate(strides)}
+    usable = [i for stride, i in last.items() if stride >= min(4, strides[-1])]
+    if stages is None:
+        return usable
+    if not 1 <= stages <= len(last):
+        raise ValueError(f"stages must be between 1 and {len(last)}, the maps of {name} (strides {list(last)})")
+    return list(last.values())[-stages:]

@@ -1,0 +1,109 @@
+"""Which backend of an op runs: by device, in a documented order, or as forced by `use_backend`.
+
+Nothing falls back silently: the first backend of the order that is listed for the device runs, and when its native module
+is missing the call raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+# op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
+ORDER: dict[str, dict[str, tuple[str, ...]]] = {
+    "conv": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "norm": {"cpu": ("library", "reference"), "*": ("library", "reference")},
+    "densify": {"cpu": ("library", "reference"), "cuda": ("library", "cuda", "reference"), "*": ("library", "reference")},
+    "patch_loss": {"cpu": ("library", "reference"), "*": ("library", "reference")},
+}
+
+_forced: ContextVar[dict[str, str]] = ContextVar("spark_fast_backend", default={})
+
+
+class BackendError(RuntimeError):
+    """A backend cannot run here; the message says why and what to do."""
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    return ORDER[op].get(device, ORDER[op]["*"])
+
+
+def _load(op: str, backend: str) -> ModuleType:
+    module = importlib.import_module(f"spark_fast.ops.{op}.{backend}")
+    problem = getattr(module, "unavailable", lambda: None)()
+    if problem:
+        raise BackendError(f"backend '{backend}' of op '{op}' cannot run here: {problem}")
+    return module
+
+
+def select(op: str, device: torch.device) -> ModuleType:
+    """The backend module that runs `op` on `device`.
+
+    Raises:
+        BackendError: the preferred backend, or the forced one, cannot run here.
+    """
+    order = _order(op, device.type)
+    forced = _forced.get().get(op)
+    if forced is not None and forced not in order:
+        raise BackendError(f"backend '{forced}' of op '{op}' does not run on {device.type}; it has {', '.join(order)}")
+    return _load(op, forced or order[0])
+
+
+@contextlib.contextmanager
+def use_backend(name: str, op: str | None = None) -> Iterator[None]:
+    """Forces one backend, for tests and benchmarks: `with use_backend("reference"): ...`.
+
+    Args:
+        name: the backend.
+        op: the op to force it for; by default every op that has a backend of this name.
+
+    Raises:
+        ValueError: no such op or backend.
+    """
+    if op is not None and op not in ORDER:
+        raise ValueError(f"op must be one of {', '.join(ORDER)}; got {op!r}")
+    having = [o for o in ORDER if any(name in names for names in ORDER[o].values())]
+    chosen = [o for o in having if op in (None, o)]
+    if not chosen:
+        raise ValueError(f"no backend {name!r}" + (f" of op {op!r}" if op else "") + f"; see {__name__}.ORDER")
+    token = _forced.set({**_forced.get(), **dict.fromkeys(chosen, name)})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def report() -> list[dict[str, object]]:
+    """Per op, device and backend: is it available, is it the one that runs, and why not."""
+    rows = []
+    for op, devices in ORDER.items():
+        for device in ("cpu", "cuda"):
+            names = devices.get(device, devices["*"])
+            for name in names:
+                reason = _problem(op, name, device)
+                chosen = name == names[0] and not reason
+                if not reason and not chosen:
+                    reason = f"'{names[0]}' comes first; force it with use_backend('{name}')"
+                available = chosen or reason.startswith("'")
+                rows.append(
+                    {"op": op, "device": device, "backend": name, "available": available, "chosen": chosen,
+                     "reason": "" if chosen else reason}
+                )  # fmt: skip
+    return rows
+
+
+def _problem(op: str, name: str, device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        _load(op, name)
+    except BackendError as error:
+        return str(error.args[0]).split(": ", 1)[1]
+    return ""

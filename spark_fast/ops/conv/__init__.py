@@ -1,0 +1,3 @@
+from spark_fast.ops.conv.api import conv2d
+
+__all__ = ["conv2d"]

@@ -1,0 +1,21 @@
+"""One indexed copy each way."""
+
+from __future__ import annotations
+
+import torch
+
+from spark_fast.patches import ActivePatches
+
+
+def gather(images, patches: ActivePatches) -> torch.Tensor:
+    gh, gw = patches.grid
+    tiles = images.unflatten(2, (gh, -1)).unflatten(4, (gw, -1)).permute(0, 2, 4, 3, 5, 1)  # (B, gh, gw, side, side, C)
+    return tiles[patches.index].reshape(-1, images.shape[1])
+
+
+def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
+    (gh, gw), channels = patches.grid, features.shape[1]
+    shape = (patches.batch, gh, side, gw, side, channels)
+    dense = features.new_zeros(shape) if fill is None else fill.expand(shape).contiguous()
+    dense.transpose(2, 3)[patches.index] = features.view(-1, side, side, channels)
+    return dense.view(patches.batch, gh * side, gw * side, channels).permute(0, 3, 1, 2)

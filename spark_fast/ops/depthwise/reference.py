@@ -1,0 +1,28 @@
+"""The meaning of the depthwise convolution: the grouped one with a group per channel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from spark_fast.ops.densify.reference import gather, scatter
+from spark_fast.ops.window import Geometry
+
+
+def forward(features, weight, bias, geometry: Geometry) -> torch.Tensor:
+    window = geometry.window
+    dense = scatter(features, geometry.patches, geometry.side_in, None)
+    out = F.conv2d(dense, weight, bias, window.stride, window.padding, window.dilation, features.shape[1])
+    return gather(out, geometry.patches)
+
+
+def grad_input(grad, weight, geometry: Geometry) -> torch.Tensor:
+    with torch.enable_grad():
+        features = grad.new_zeros(geometry.rows_in, grad.shape[1]).requires_grad_()
+        return torch.autograd.grad(forward(features, weight.detach(), None, geometry), features, grad)[0]
+
+
+def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
+    with torch.enable_grad():
+        weight = weight.detach().requires_grad_()
+        return torch.autograd.grad(forward(features.detach(), weight, None, geometry), weight, grad)[0]

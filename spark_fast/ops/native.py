@@ -1,0 +1,54 @@
+"""Access to the compiled CPU module: loading it, and describing a geometry to it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from spark_fast.ops.window import Geometry
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why `spark_fast._native` cannot be used, or None."""
+    try:
+        module()
+    except ImportError as error:
+        return f"the compiled module spark_fast._native does not load ({error}); reinstall with `pip install .`"
+    return None
+
+
+def module() -> ModuleType:
+    from spark_fast import _native
+
+    return _native
+
+
+def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, tuple]:
+    """The geometry as addresses and sizes, and the tensors to keep alive meanwhile. Forward the query rows are the
+    output's; transposed they are the input's."""
+    patches = geometry.patches
+    tables = geometry.axis_tables(transposed)
+    y_grid, y_in, x_grid, x_in = (t.data_ptr() for t in tables)
+    side_query, side_source = geometry.side_out, geometry.side_in
+    if transposed:
+        side_query, side_source = side_source, side_query
+    gh, gw = patches.grid
+    args = (
+        patches.coords.data_ptr(), patches.grid_to_patch.data_ptr(), patches.count, gh, gw, side_query, side_source,
+        *geometry.window.kernel, y_grid, y_in, gh * side_query, x_grid, x_in, gw * side_query,
+    )  # fmt: skip
+    return args, (tables, patches)
+
+
+def computing(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors contiguous and in the kernels' type: double stays, everything else is float32."""
+    first = next(t for t in tensors if t is not None)
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return tuple(None if t is None else t.to(dtype).contiguous() for t in tensors)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

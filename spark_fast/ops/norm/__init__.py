@@ -1,0 +1,3 @@
+from spark_fast.ops.norm.api import batch_norm, layer_norm, sync_batch_norm
+
+__all__ = ["batch_norm", "layer_norm", "sync_batch_norm"]

@@ -1,0 +1,40 @@
+"""The reconstruction loss on masked patches."""
+
+from __future__ import annotations
+
+import torch
+
+from spark_fast.ops import backend
+from spark_fast.patches import ActivePatches
+
+EPS = 1e-6  # added to the variance of a patch
+
+
+def normalize_patches(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x - mean) / sqrt(var + 1e-6) over the last dimension, var unbiased; and the mean and the root (..., 1)."""
+    mean = patches.mean(-1, keepdim=True)
+    root = (patches.var(-1, keepdim=True) + EPS).sqrt()
+    return (patches - mean) / root, mean, root
+
+
+def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+    """Mean squared error against the per-patch normalised pixels, over the masked patches (paper, section 3.3).
+
+    Args:
+        prediction: (B, C, H, W).
+        images: (B, C, H, W), the same device; the sums are kept in at least float32.
+        patches: the *active* patches; the loss covers the others.
+
+    Returns:
+        scalar, at least float32; 0 if no patch is masked.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if prediction.shape != images.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and images {tuple(images.shape)} must have the same shape"
+        )
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    run = backend.select("patch_loss", prediction.device)
+    return run.forward(prediction.to(dtype), images.to(dtype), patches)

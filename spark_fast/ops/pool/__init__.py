@@ -1,0 +1,3 @@
+from spark_fast.ops.pool.api import avg_pool2d, max_pool2d
+
+__all__ = ["avg_pool2d", "max_pool2d"]

@@ -1,0 +1,112 @@
+"""Max and average pooling on packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from spark_fast.ops import backend, checks
+from spark_fast.ops.depthwise.api import depthwise_conv2d
+from spark_fast.ops.window import Geometry, Window, pair
+from spark_fast.patches import ActivePatches
+
+
+def max_pool2d(
+    features: torch.Tensor,
+    patches: ActivePatches,
+    side: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+) -> tuple[torch.Tensor, int]:
+    """Maximum over each window; an inactive neighbour counts as 0, the image border as -inf (as in the dense
+    simulation of the released code). Of equal values the first in row order receives the gradient.
+
+    Args:
+        features: (P * side * side, C) rows of `patches`.
+        kernel_size, stride, padding, dilation, ceil_mode: as in torch.nn.functional.max_pool2d.
+
+    Returns:
+        rows (P * side_out * side_out, C) and side_out.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    checks.check_rows("max_pool2d", features, patches, side)
+    window = _window("max_pool2d", kernel_size, stride, padding, dilation)
+    geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
+    run = backend.select("pool", features.device)
+    return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
+
+
+def avg_pool2d(
+    features: torch.Tensor,
+    patches: ActivePatches,
+    side: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Average over each window; inactive neighbours count as 0 and the divisor is the dense op's.
+
+    Arguments, returns and errors as for `max_pool2d`, and as in torch.nn.functional.avg_pool2d.
+    """
+    checks.check_rows("avg_pool2d", features, patches, side)
+    window = _window("avg_pool2d", kernel_size, stride, padding, 1)
+    if divisor_override == 0:
+        raise ValueError("avg_pool2d: divisor_override must not be 0")
+    geometry = Geometry.of(patches, side, window, ceil_mode, "avg_pool2d")
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    rows = features.float() if half else features  # the sum may not fit the smaller type
+    ones = rows.new_ones(rows.shape[1], 1, *window.kernel)
+    total = depthwise_conv2d(rows, ones, None, geometry)
+    mean = total / (divisor_override or _divisor(geometry, count_include_pad).to(total.dtype))
+    return mean.to(features.dtype), geometry.side_out
+
+
+def _window(op: str, kernel_size, stride, padding, dilation) -> Window:
+    kernel = pair(kernel_size, "kernel_size")
+    stride = kernel if stride is None or stride == [] else pair(stride, "stride")
+    window = Window(kernel, stride, pair(padding, "padding"), pair(dilation, "dilation"))
+    if any(2 * p > k for p, k in zip(window.padding, kernel, strict=True)):
+        raise ValueError(f"{op}: padding must be at most half of the kernel; got {window.padding} for {kernel}")
+    return window
+
+
+def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor:
+    """Elements in each output row's window: (rows_out, 1), or a scalar where all are equal."""
+    lengths = []
+    for axis in (0, 1):
+        size, out = geometry.size_in[axis], geometry.size_out[axis]
+        kernel, padding = geometry.window.kernel[axis], geometry.window.padding[axis]
+        begin = torch.arange(out) * geometry.window.stride[axis] - padding
+        end = (begin + kernel).clamp(max=size + padding)
+        if not count_include_pad:
+            begin, end = begin.clamp(min=0), end.clamp(max=size)
+        lengths.append(end - begin)
+    if all(length.min() == length.max() for length in lengths):
+        return lengths[0][0] * lengths[1][0]
+    patches, side = geometry.patches, geometry.side_out
+    area = (lengths[0][:, None] * lengths[1]).to(patches.device)  # (H_out, W_out)
+    by_patch = area.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)  # (gh, gw, side, side)
+    return by_patch[patches.index[1], patches.index[2]].reshape(-1, 1)
+
+
+class MaxPool2dFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, geometry: Geometry, run):
+        out, argmax = run.max_forward(features, geometry)
+        ctx.save_for_backward(argmax)
+        ctx.geometry, ctx.run = geometry, run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (argmax,) = ctx.saved_tensors
+        return ctx.run.max_grad_input(grad.contiguous(), argmax, ctx.geometry), None, None

@@ -1,0 +1,163 @@
+"""Windows: kernel, stride, padding and dilation, and which input pixel an output pixel reads.
+
+Per axis, output coordinate o reads input coordinate `o * stride - padding + k * dilation` at tap k. All window ops
+(convolution, depthwise, pooling) and all their gradients use the tables made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+from spark_fast.patches import ActivePatches
+
+MASKED = -1  # inside the image, but not active
+OUTSIDE = -2  # beyond the image border (or, transposed: no output reads the pixel through this tap)
+
+
+def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """`value` as (rows, columns)."""
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) == 1:
+        both *= 2
+    if len(both) != 2 or not all(isinstance(v, int) for v in both):
+        raise ValueError(f"{name} must be an integer or a pair of integers; got {value!r}")
+    return both
+
+
+@dataclass(frozen=True)
+class Window:
+    """Kernel, stride, padding and dilation of a window op, each (rows, columns)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def __post_init__(self):
+        for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            if min(getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def out_size(self, size: tuple[int, int], ceil_mode: bool = False) -> tuple[int, int]:
+        """Output height and width for an input of (height, width), as PyTorch computes them."""
+        return tuple(self._out_length(axis, size[axis], ceil_mode) for axis in (0, 1))
+
+    def _out_length(self, axis: int, length: int, ceil_mode: bool) -> int:
+        stride, padding = self.stride[axis], self.padding[axis]
+        reach = length + 2 * padding - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+        if ceil_mode and (out - 1) * stride >= length + padding:
+            out -= 1  # the last window must start inside the image or its left padding
+        return out
+
+
+@lru_cache(maxsize=4096)
+def axis_table(
+    window: Window, axis: int, in_length: int, out_length: int, side: int, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For one axis: the source coordinate of each (tap, query coordinate), split into patch and offset in the patch.
+
+    Forward, the query is an output coordinate and the source an input coordinate. Transposed, the query is an input
+    coordinate and the source the one output coordinate that reads it through this tap. `side` is the source's.
+
+    Returns:
+        int32 (kernel, query length) twice: grid coordinate, OUTSIDE where there is none; and offset in the patch.
+    """
+    stride, padding, dilation = window.stride[axis], window.padding[axis], window.dilation[axis]
+    tap = torch.arange(window.kernel[axis])[:, None] * dilation  # (k, 1)
+    if transposed:
+        scaled = torch.arange(in_length)[None] + padding - tap
+        source, exists = scaled // stride, scaled % stride == 0
+        exists &= (source >= 0) & (source < out_length)
+    else:
+        source = torch.arange(out_length)[None] * stride - padding + tap
+        exists = (source >= 0) & (source < in_length)
+    grid = torch.where(exists, source // side, OUTSIDE).to(torch.int32)
+    return grid.contiguous(), torch.where(exists, source % side, 0).to(torch.int32).contiguous()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One window op on one sparse batch: input rows of `side_in`, output rows of `side_out`."""
+
+    patches: ActivePatches
+    window: Window
+    side_in: int
+    side_out: int
+
+    @staticmethod
+    def of(patches: ActivePatches, side: int, window: Window, ceil_mode: bool = False, op: str = "op") -> Geometry:
+        """The geometry of `window` on maps of `side`.
+
+        Raises:
+            ValueError: the output map is not a whole number of pixels per patch.
+        """
+        gh, gw = patches.grid
+        height, width = window.out_size((gh * side, gw * side), ceil_mode)
+        if height < 1 or width < 1:
+            raise ValueError(
+                f"{op}: the kernel {window.kernel} with dilation {window.dilation} is larger than the padded map "
+                f"of {gh * side}x{gw * side} pixels"
+            )
+        if height % gh or width % gw or height // gh != width // gw:
+            raise ValueError(
+                f"{op}: kernel {window.kernel}, stride {window.stride}, padding {window.padding}, dilation "
+                f"{window.dilation} turns a map of {gh * side}x{gw * side} pixels ({side} per patch side) into "
+                f"{height}x{width}, which is not a whole number of pixels for each of the {gh}x{gw} patches. "
+                "Use a patch_size that is a multiple of the network's total stride, and padding that keeps the size"
+            )
+        return Geometry(patches, window, side, height // gh)
+
+    @property
+    def rows_in(self) -> int:
+        return self.patches.rows(self.side_in)
+
+    @property
+    def rows_out(self) -> int:
+        return self.patches.rows(self.side_out)
+
+    @property
+    def size_in(self) -> tuple[int, int]:
+        return self.patches.grid[0] * self.side_in, self.patches.grid[1] * self.side_in
+
+    @property
+    def size_out(self) -> tuple[int, int]:
+        return self.patches.grid[0] * self.side_out, self.patches.grid[1] * self.side_out
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Output rows are the input rows: a 1x1 kernel with nothing to move."""
+        return self.window == Window((1, 1), dilation=self.window.dilation)
+
+    def axis_tables(self, transposed: bool = False) -> tuple[torch.Tensor, ...]:
+        """(row grid, row offset, column grid, column offset), see `axis_table`; on the CPU."""
+        side = self.side_out if transposed else self.side_in
+        (height_in, width_in), (height_out, width_out) = self.size_in, self.size_out
+        vertical = axis_table(self.window, 0, height_in, height_out, side, transposed)
+        return vertical + axis_table(self.window, 1, width_in, width_out, side, transposed)
+
+    @cached_property
+    def neighbors(self) -> torch.Tensor:
+        """int64 (taps, rows_out): the input row that each output row reads, MASKED or OUTSIDE. For the reference
+        and for tests; the kernels compute it as they go."""
+        patches, side = self.patches, self.side_out
+        image, row, col = (i[:, None, None] for i in patches.index)  # (P, 1, 1)
+        inside = torch.arange(side, device=patches.device)
+        y = (row * side + inside[None, :, None]).expand(-1, -1, side).flatten()  # (N,)
+        x = (col * side + inside[None, None, :]).expand(-1, side, -1).flatten()
+        image = image.expand(-1, side, side).flatten()
+        y_grid, y_in, x_grid, x_in = (t.to(patches.device).long() for t in self.axis_tables())
+        kh, kw = self.window.kernel
+        y_grid, y_in = (t[:, y].repeat_interleave(kw, 0) for t in (y_grid, y_in))  # (taps, N)
+        x_grid, x_in = (t[:, x].repeat(kh, 1) for t in (x_grid, x_in))
+        patch = patches.grid_to_patch[image, y_grid.clamp(min=0), x_grid.clamp(min=0)].long()
+        found = (patch * self.side_in + y_in) * self.side_in + x_in
+        found = torch.where(patch < 0, MASKED, found)
+        return torch.where((y_grid < 0) | (x_grid < 0), OUTSIDE, found)

@@ -1,0 +1,89 @@
+"""The tables that every layer shares: which patches of which image are active, and where their rows lie."""
+
+from __future__ import annotations
+
+import torch
+
+
+class ActivePatches:
+    """The active patches of a batch of images, sorted by (image, grid row, grid column).
+
+    Args:
+        active: bool (B, gh, gw), True = visible. Images may keep different numbers of patches, or none.
+        per_image: the number of active patches if it is known to be the same in every image. With it the tables are
+            built with static shapes and without a host sync (the claim is checked on the device, asynchronously);
+            without it the patches are counted.
+
+    Attributes:
+        active: bool (B, gh, gw).
+        grid_to_patch: int32 (B, gh, gw), index of the patch, -1 where masked.
+        coords: int32 (P, 3), image, grid row and grid column of each patch.
+        count: P.
+        per_image: patches per image when it is the same for all, else None.
+
+    Raises:
+        TypeError: `active` is not a bool tensor.
+        ValueError: `active` is not (B, gh, gw), or `per_image` does not fit.
+    """
+
+    def __init__(self, active: torch.Tensor, per_image: int | None = None):
+        if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
+            got = active.dtype if isinstance(active, torch.Tensor) else type(active).__name__
+            raise TypeError(f"active must be a bool tensor (True = visible); got {got}. Use mask.bool() or mask > 0")
+        if active.dim() != 3 or active.shape[1] < 1 or active.shape[2] < 1:
+            raise ValueError(
+                f"active must be (batch, grid rows, grid columns); got shape {tuple(active.shape)}. "
+                "For (B, 1, gh, gw) use active.squeeze(1)"
+            )
+        self.active = active.contiguous()
+        flat = self.active.flatten(1)  # (B, L)
+        if per_image is None:
+            counts = flat.sum(1).tolist()
+            if counts and min(counts) == max(counts):
+                per_image = counts[0]
+            image, place = flat.nonzero(as_tuple=True)
+        else:
+            if not 0 <= per_image <= flat.shape[1]:
+                raise ValueError(f"per_image must be between 0 and the {flat.shape[1]} patches of the grid")
+            torch._assert_async(
+                (flat.sum(1) == per_image).all(), f"active does not keep per_image={per_image} patches in every image"
+            )
+            # A stable sort of the flags puts the active places first, in order.
+            place = flat.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :per_image].flatten()
+            image = torch.arange(active.shape[0], device=active.device).repeat_interleave(
+                per_image, output_size=active.shape[0] * per_image
+            )
+        self.per_image = per_image
+        self.count = place.shape[0]
+        gw = active.shape[2]
+        row, col = place // gw, place % gw
+        self.coords = torch.stack((image, row, col), dim=1).to(torch.int32)
+        numbers = torch.arange(self.count, dtype=torch.int32, device=active.device)
+        self.grid_to_patch = torch.full(active.shape, -1, dtype=torch.int32, device=active.device)
+        self.grid_to_patch.view(-1)[image * flat.shape[1] + place] = numbers
+        self.index = (image, row, col)  # int64 (P,) each, for indexing
+
+    @property
+    def batch(self) -> int:
+        return self.active.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.active.shape[1], self.active.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.active.device
+
+    def rows(self, side: int) -> int:
+        """Number of packed rows of a map whose patches are `side` pixels wide."""
+        return self.count * side * side
+
+    def complement(self) -> ActivePatches:
+        """The masked patches, as patches."""
+        grid = self.grid[0] * self.grid[1]
+        return ActivePatches(~self.active, None if self.per_image is None else grid - self.per_image)
+
+    def __repr__(self) -> str:
+        kept = "varying counts" if self.per_image is None else f"{self.per_image} per image"
+        return f"ActivePatches(batch={self.batch}, grid={self.grid}, active={self.count} ({kept}), device={self.device})"

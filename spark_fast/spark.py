@@ -1,0 +1,177 @@
+"""SparK: sparse and hierarchical masked image modelling of a convnet (ICLR 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spark_fast.decoder import Decoder
+from spark_fast.densify import Densify
+from spark_fast.encoder import Encoder
+from spark_fast.loss import fill_masked, patch_loss
+from spark_fast.mask import keep_count, random_patch_mask
+from spark_fast.patches import ActivePatches
+from spark_fast.tensor import SparseTensor
+
+
+class SparK(nn.Module):
+    """Masks images, encodes what is visible, predicts the rest.
+
+    Args:
+        model: a timm model name, or a module written for (B, C, H, W); see `Encoder`.
+        img_size: height and width in pixels, or one number for both; a multiple of `patch_size`.
+        mask_ratio: share of the patches that is hidden.
+        patch_size: a mask patch's side in pixels, a multiple of the network's total stride; default: that stride.
+        in_chans: image channels.
+        decoder_width: channels of the decoder at the coarsest scale.
+        stages: how many of the network's maps are used, from the coarsest; default: all of stride 4 and more.
+        densify_norm: "bn", "ln", "none", or "auto": as the network's own norms.
+        feature_layers, drop_path_rate, model_kwargs: see `Encoder`.
+
+    Attributes:
+        encoder, densify, decoder: the three parts. `encoder.model` is the backbone.
+        grid: (gh, gw) patches. len_keep: visible patches per image.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        img_size: int | tuple[int, int] = 224,
+        mask_ratio: float = 0.6,
+        patch_size: int | None = None,
+        in_chans: int = 3,
+        decoder_width: int = 768,
+        stages: int | None = None,
+        densify_norm: str = "auto",
+        feature_layers: list[str] | None = None,
+        drop_path_rate: float = 0.0,
+        model_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        self.img_size = _size(img_size)
+        self.in_chans = in_chans
+        self.mask_ratio = mask_ratio
+        self.encoder = Encoder(
+            model, self.img_size, in_chans, stages, feature_layers, drop_path_rate, model_kwargs
+        )  # fmt: skip
+        stride = self.encoder.total_stride
+        self.patch_size = stride if patch_size is None else patch_size
+        self.grid = _grid(self.img_size, self.patch_size, stride)
+        self.len_keep = keep_count(self.grid, mask_ratio)
+        self.decoder = Decoder(stride, decoder_width, in_chans)
+        # Scale k of the decoder has 1 / 2**k of the total stride; stages are listed from the coarsest.
+        self.scales = [(stride // s).bit_length() - 1 for s in reversed(self.encoder.strides)]
+        self.densify_norm = _own_norm(self.encoder) if densify_norm == "auto" else densify_norm
+        widths = [decoder_width >> k for k in self.scales]
+        self.densify = Densify(self.encoder.channels[::-1], widths, self.densify_norm)
+
+    def random_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """A mask for `batch` images: bool (B, gh, gw), True = visible, `len_keep` patches in each."""
+        return random_patch_mask(batch, self.grid, self.mask_ratio, generator, device)
+
+    def forward(self, images: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+        """The reconstruction loss over the masked patches, a scalar.
+
+        Args:
+            images: (B, in_chans, height, width), normalised, any floating dtype.
+            active: bool (B, gh, gw), True = visible; by default drawn at random.
+
+        Raises:
+            TypeError, ValueError: `images` or `active` do not fit the model.
+        """
+        patches = self._patches(images, active)
+        return patch_loss(self.predict(images, patches), images, patches)
+
+    def predict(self, images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+        """Prediction (B, in_chans, height, width) of the per-patch normalised pixels, from the visible pixels alone."""
+        maps = self.encoder(SparseTensor.from_dense(images, patches))
+        dense = self.densify(maps[::-1])
+        by_scale = dict(zip(self.scales, dense, strict=True))
+        return self.decoder([by_scale.get(k) for k in range(max(by_scale) + 1)])
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+        """Images with visible patches as given and masked ones as predicted, in evaluation mode.
+
+        The prediction is of normalised patches; each is scaled back by the true patch's mean and deviation, as in the
+        paper's figures.
+
+        Args, raises: as for `forward`.
+
+        Returns:
+            (B, in_chans, height, width).
+        """
+        patches = self._patches(images, active)
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            return fill_masked(self.predict(images, patches), images, patches)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _patches(self, images: torch.Tensor, active: torch.Tensor | None) -> ActivePatches:
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor (B, {self.in_chans}, H, W); got {got}")
+        expected = (self.in_chans, *self.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images must be (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), as this model was made "
+                f"(in_chans, img_size); got {tuple(images.shape)}"
+            )
+        if images.shape[0] == 0:
+            raise ValueError("images: the batch is empty")
+        if active is None:
+            return ActivePatches(self.random_mask(images.shape[0], device=images.device), self.len_keep)
+        if isinstance(active, torch.Tensor) and active.dtype == torch.bool:
+            if tuple(active.shape) != (images.shape[0], *self.grid):
+                raise ValueError(
+                    f"active must be (B, gh, gw) = ({images.shape[0]}, {self.grid[0]}, {self.grid[1]}); got "
+                    f"{tuple(active.shape)}. SparK.random_mask makes one"
+                )
+            if active.device != images.device:
+                raise ValueError(f"active is on {active.device}, images on {images.device}; move one with .to()")
+        return ActivePatches(active)
+
+    def extra_repr(self) -> str:
+        return (
+            f"img_size={self.img_size}, patch_size={self.patch_size}, grid={self.grid}, mask_ratio={self.mask_ratio}, "
+            f"len_keep={self.len_keep}, strides={self.encoder.strides}, densify_norm={self.densify_norm}"
+        )
+
+
+def _size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+        raise ValueError(f"img_size must be a positive integer or (height, width); got {img_size!r}")
+    return size
+
+
+def _grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    if not isinstance(patch_size, int) or patch_size < stride or patch_size % stride:
+        raise ValueError(
+            f"patch_size must be a multiple of the network's total stride {stride}, so that a patch is a whole number "
+            f"of pixels in every map; got {patch_size}"
+        )
+    if any(s % patch_size for s in img_size):
+        raise ValueError(
+            f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size {patch_size}; the nearest that is: "
+            f"{'x'.join(str(max(1, round(s / patch_size)) * patch_size) for s in img_size)}"
+        )
+    return img_size[0] // patch_size, img_size[1] // patch_size
+
+
+def _own_norm(encoder: Encoder) -> str:
+    modules = list(encoder.model.modules())
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        return "bn"
+    return "ln" if any(isinstance(m, nn.LayerNorm) for m in modules) else "none"

@@ -1,0 +1,160 @@
+"""SparseTensor: a batch of masked feature maps, of which only the active pixels exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spark_fast.ops.checks import check_rows
+from spark_fast.ops.densify import gather_patches, scatter_patches
+from spark_fast.patches import ActivePatches
+
+
+class SparseTensor:
+    """An image batch (B, C, gh * side, gw * side) that stores the rows of its active patches only.
+
+    It implements `__torch_function__`: functions and methods of PyTorch that have a sparse rule (`spark_fast.rules`)
+    work on it, so an unmodified `nn.Module` written for (B, C, H, W) runs on it. All others raise `SparseOpError` or,
+    where that is exact, run on the dense map with one warning. Autograd works through `features`.
+
+    Args:
+        features: (P * side * side, C) rows, patch-major, row-major inside a patch, floating point.
+        patches: the P active patches.
+        side: a patch's side in pixels of this map.
+        channels_last: the logical order of dimensions is (B, H, W, C), as after `permute(0, 2, 3, 1)`.
+
+    Raises:
+        TypeError, ValueError: the rows do not fit the patches.
+    """
+
+    __slots__ = ("features", "patches", "side", "channels_last")
+
+    def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(f"side is a patch's side in pixels, a whole number of at least 1; got {side!r}")
+        check_rows("SparseTensor", features, patches, side)
+        self.features = features
+        self.patches = patches
+        self.side = side
+        self.channels_last = channels_last
+
+    @classmethod
+    def from_dense(cls, images: torch.Tensor, patches: ActivePatches) -> SparseTensor:
+        """The active patches of `images` (B, C, H, W). Masked pixels are not read: they may be NaN.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit `patches`.
+        """
+        features = gather_patches(images, patches)
+        return cls(features, patches, images.shape[2] // patches.grid[0])
+
+    def to_dense(self, fill: float | torch.Tensor = 0.0) -> torch.Tensor:
+        """The dense map, (B, C, H, W) or, for a channels-last tensor, (B, H, W, C).
+
+        Args:
+            fill: value of the masked pixels: a number, or (C,), differentiable.
+        """
+        if not isinstance(fill, torch.Tensor):
+            fill = None if fill == 0 else self.features.new_full((self.features.shape[1],), fill)
+        dense = scatter_patches(self.features, self.patches, self.side, fill)
+        return dense.permute(0, 2, 3, 1) if self.channels_last else dense
+
+    def with_features(self, features: torch.Tensor, side: int | None = None) -> SparseTensor:
+        """Other rows on the same patches: (P * side * side, any C)."""
+        return SparseTensor(features, self.patches, self.side if side is None else side, self.channels_last)
+
+    @property
+    def shape(self) -> torch.Size:
+        gh, gw = self.patches.grid
+        space, channels = (gh * self.side, gw * self.side), (self.features.shape[1],)
+        return torch.Size((self.patches.batch, *(space + channels if self.channels_last else channels + space)))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 4
+
+    ndim = property(dim)
+
+    def numel(self) -> int:
+        """Elements of the dense map that this tensor stands for."""
+        return self.shape.numel()
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return self.features.is_contiguous()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def is_complex(self) -> bool:
+        return False
+
+    # What a module may ask of its input that the rows answer.
+    dtype = property(lambda self: self.features.dtype)
+    device = property(lambda self: self.features.device)
+    requires_grad = property(lambda self: self.features.requires_grad)
+    is_cuda = property(lambda self: self.features.is_cuda)
+    is_leaf = property(lambda self: self.features.is_leaf)
+    is_quantized = False
+    is_sparse = False
+    is_nested = False
+    is_mkldnn = False
+
+    def new_empty(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.features.new_empty(*args, **kwargs)
+
+    def new_zeros(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.features.new_zeros(*args, **kwargs)
+
+    def new_ones(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.features.new_ones(*args, **kwargs)
+
+    def new_full(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.features.new_full(*args, **kwargs)
+
+    def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.features.new_tensor(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.patches.batch
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor(shape={tuple(self.shape)}, side={self.side}, rows={self.features.shape[0]}, "
+            f"dtype={self.dtype}, patches={self.patches})"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        from spark_fast.rules import apply
+
+        return apply(func, args, kwargs or {})
+
+    def __getattr__(self, name: str):
+        method = None if name.startswith("__") else getattr(torch.Tensor, name, None)
+        if not callable(method):
+            raise AttributeError(
+                f"SparseTensor has no attribute {name!r}; .features holds the rows, .to_dense() gives the dense map"
+            )
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+
+def _operator(name: str):
+    method = getattr(torch.Tensor, name)
+
+    def call(self, *args):
+        return self.__torch_function__(method, (), (self, *args))
+
+    call.__name__ = name
+    return call
+
+
+# Python looks operators up on the class, so that __getattr__ does not see them.
+for _name in (
+    "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
+    "__itruediv__ __pow__ __rpow__ __neg__ __abs__ __lt__ __le__ __gt__ __ge__ __getitem__ __setitem__ __matmul__ "
+    "__floordiv__ __mod__ __bool__ __float__ __int__ __iter__"
+).split():
+    setattr(SparseTensor, _name, _operator(_name))
