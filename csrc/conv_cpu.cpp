@@ -11,6 +11,7 @@ namespace SPARK_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 256;  // query rows whose accumulators stay in the cache
+constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolded into one long row
 constexpr int64_t kPairChunk = 128;  // pairs per pass of grad_weight, so that their rows stay in the cache
 
 template <typename T>
@@ -39,6 +40,11 @@ struct Pairs {
       query[count] = i;
       count += row >= 0;
     }
+  }
+
+  void all(int64_t rows) {
+    count = rows;
+    for (int64_t i = 0; i < rows; ++i) query[i] = i;
   }
 };
 
@@ -117,6 +123,28 @@ inline void outer_tile_of(int64_t rows, const T* const* a, const T* const* b, in
   }
 }
 
+// The values that query rows [begin, end) read through taps [first, last), as (rows, taps * depth), 0 where there is
+// none. For few channels: the taps then share one long GEMM instead of many short ones.
+template <typename T>
+void unfold(const Geometry& g, const Pairs& at, int64_t rows, int64_t ky_begin, int64_t ky_end, const T* source,
+            int64_t stride, int64_t depth, T* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const Place& place = at.places[i];
+    for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+      const int64_t iy = ky * g.y.length + place.y;
+      const int32_t gy = g.y.grid[iy];
+      const int32_t* patches = place.grid + gy * g.gw;
+      for (int64_t kx = 0; kx < g.kw; ++kx, out += depth) {
+        const int64_t ix = kx * g.x.length + place.x;
+        const int32_t gx = g.x.grid[ix];
+        const int64_t patch = gy < 0 || gx < 0 ? kOutside : patches[gx];
+        const T* from = source + ((patch * g.side_source + g.y.in[iy]) * g.side_source + g.x.in[ix]) * stride;
+        for (int64_t k = 0; k < depth; ++k) out[k] = patch < 0 ? T(0) : from[k];
+      }
+    }
+  }
+}
+
 struct Panels {
   int64_t depth, width, per_group, total;  // source and query channels per group; panels
   int64_t columns;
@@ -139,38 +167,53 @@ void conv_gather_gemm(const Geometry& g, const ConvShape& s, const T* source, co
                       int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
+  const bool few = panels.depth <= kFewChannels;
+  // An item is a block of rows and one panel or, with few channels, all panels of a group, which share the unfolding.
   const int64_t rows = g.rows(), blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t together = few ? panels.per_group : 1, depth = (few ? g.taps() : 1) * panels.depth;
 #pragma omp parallel num_threads(threads)
   {
     Pairs pairs(kBlockRows);
-    std::vector<T> acc(kBlockRows * C);
-    const T* a[kTileRows];
-    T* out[kTileRows];
+    std::vector<T> acc(kBlockRows * C), unfolded(few ? kBlockRows * depth : 0);
+    // acc[query] += a[pair] times b, for all pairs.
+    const auto multiply = [&](auto row_of, const T* b) {
+      const T* a[kTileRows];
+      T* out[kTileRows];
+      for (int64_t p = 0; p < pairs.count; p += kTileRows) {
+        const int64_t m = std::min<int64_t>(kTileRows, pairs.count - p);
+        for (int64_t i = 0; i < m; ++i) {
+          a[i] = row_of(p + i);
+          out[i] = acc.data() + pairs.query[p + i] * C;
+        }
+        tile_of<T>(m, a, depth, b, out);
+      }
+    };
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < panels.total * blocks; ++item) {
-      const int64_t panel = item / blocks, begin = item % blocks * kBlockRows, end = std::min(rows, begin + kBlockRows);
-      const int64_t group = panels.group(panel), used = panels.used(panel);
-      const int64_t column = group * panels.width + panels.first(panel);
-      const T* from = source + group * panels.depth;
-      for (int64_t i = 0; i < end - begin; ++i)
-        for (int64_t c = 0; c < C; ++c) acc[i * C + c] = bias && c < used ? bias[column + c] : T(0);
-      pairs.enter(g, begin, end);
-      const T* b = packed + panel * g.taps() * panels.depth * C;
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        for (int64_t kx = 0; kx < g.kw; ++kx, b += panels.depth * C) {
-          pairs.find(g, end - begin, ky, kx);
-          for (int64_t p = 0; p < pairs.count; p += kTileRows) {
-            const int64_t m = std::min<int64_t>(kTileRows, pairs.count - p);
-            for (int64_t i = 0; i < m; ++i) {
-              a[i] = from + pairs.source[p + i] * s.source_channels;
-              out[i] = acc.data() + pairs.query[p + i] * C;
-            }
-            tile_of<T>(m, a, panels.depth, b, out);
+    for (int64_t item = 0; item < panels.total / together * blocks; ++item) {
+      const int64_t first = item / blocks * together;
+      const int64_t begin = item % blocks * kBlockRows, count = std::min(rows - begin, kBlockRows);
+      const T* from = source + panels.group(first) * panels.depth;
+      pairs.enter(g, begin, begin + count);
+      if (few) {
+        unfold(g, pairs, count, 0, g.kh, from, s.source_channels, panels.depth, unfolded.data());
+        pairs.all(count);
+      }
+      for (int64_t panel = first; panel < first + together; ++panel) {
+        const int64_t used = panels.used(panel), column = panels.group(panel) * panels.width + panels.first(panel);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t c = 0; c < C; ++c) acc[i * C + c] = bias && c < used ? bias[column + c] : T(0);
+        const T* b = packed + panel * g.taps() * panels.depth * C;
+        if (few) {
+          multiply([&](int64_t p) { return unfolded.data() + p * depth; }, b);
+        } else {
+          for (int64_t tap = 0; tap < g.taps(); ++tap, b += depth * C) {
+            pairs.find(g, count, tap / g.kw, tap % g.kw);
+            multiply([&](int64_t p) { return from + pairs.source[p] * s.source_channels; }, b);
           }
         }
+        for (int64_t i = 0; i < count; ++i)
+          std::copy_n(acc.data() + i * C, used, query + (begin + i) * s.query_channels + column);
       }
-      for (int64_t i = 0; i < end - begin; ++i)
-        std::copy_n(acc.data() + i * C, used, query + (begin + i) * s.query_channels + column);
     }
   }
 }
@@ -179,32 +222,43 @@ template <typename T>
 void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, const T* query, T* packed, int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
-  const int64_t rows = g.rows(), taps = g.taps();
+  const bool few = panels.depth <= kFewChannels;
+  // An item is one panel and one tap or, with few channels, one row of the kernel.
+  const int64_t rows = g.rows(), taps = few ? g.kw : 1, items = g.taps() / taps, depth = taps * panels.depth;
 #pragma omp parallel num_threads(threads)
   {
     Pairs pairs(kPairChunk);
     std::vector<T> right(kPairChunk * C, T(0));  // the query's columns of this panel, padded
+    std::vector<T> unfolded(few ? kPairChunk * depth : 0);
+    const T* row[kPairChunk];
     const T* a[kPairChunk];
     const T* b[kPairChunk];
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < panels.total * taps; ++item) {
-      const int64_t panel = item / taps, tap = item % taps;
+    for (int64_t item = 0; item < panels.total * items; ++item) {
+      const int64_t panel = item / items, tap = item % items * taps;
       const int64_t group = panels.group(panel), used = panels.used(panel);
       const T* from = source + group * panels.depth;
       const T* with = query + group * panels.width + panels.first(panel);
-      T* out = packed + item * panels.depth * C;
-      std::fill_n(out, panels.depth * C, T(0));
+      T* out = packed + item * depth * C;
+      std::fill_n(out, depth * C, T(0));
       for (int64_t begin = 0; begin < rows; begin += kPairChunk) {
         const int64_t end = std::min(rows, begin + kPairChunk);
         pairs.enter(g, begin, end);
-        pairs.find(g, end - begin, tap / g.kw, tap % g.kw);
+        if (few) {
+          unfold(g, pairs, end - begin, tap / g.kw, tap / g.kw + 1, from, s.source_channels, panels.depth,
+                 unfolded.data());
+          pairs.all(end - begin);
+        } else {
+          pairs.find(g, end - begin, tap / g.kw, tap % g.kw);
+        }
         for (int64_t p = 0; p < pairs.count; ++p) {
+          row[p] = few ? unfolded.data() + p * depth : from + pairs.source[p] * s.source_channels;
           b[p] = with + (begin + pairs.query[p]) * s.query_channels;
           if (used < C) b[p] = std::copy_n(b[p], used, right.data() + p * C) - used;
         }
-        for (int64_t k = 0; k < panels.depth; k += kTileRows) {
-          for (int64_t p = 0; p < pairs.count; ++p) a[p] = from + pairs.source[p] * s.source_channels + k;
-          outer_tile_of<T>(std::min<int64_t>(kTileRows, panels.depth - k), a, b, pairs.count, out + k * C);
+        for (int64_t k = 0; k < depth; k += kTileRows) {
+          for (int64_t p = 0; p < pairs.count; ++p) a[p] = row[p] + k;
+          outer_tile_of<T>(std::min<int64_t>(kTileRows, depth - k), a, b, pairs.count, out + k * C);
         }
       }
     }
@@ -213,42 +267,80 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
 
 namespace {
 
-// Visits (weight index, packed index) of each element, panel by panel; -1 as weight index for a panel's padding.
-template <typename Visit>
-void for_each_weight(const ConvShape& s, int64_t taps, int64_t columns, bool transposed, int threads, Visit visit) {
-  constexpr int64_t kDepthBlock = 8;  // keeps the written part of a panel in the cache
-  const Panels panels(s, columns);
-  const int64_t inner = transposed ? panels.width : panels.depth;  // the weight's dimension 1
-  const int64_t depth_step = transposed ? inner * taps : taps, column_step = transposed ? taps : inner * taps;
-  const int64_t group_step = panels.depth * panels.width * taps;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-  for (int64_t panel = 0; panel < panels.total; ++panel) {
-    for (int64_t block = 0; block < (panels.depth + kDepthBlock - 1) / kDepthBlock; ++block) {
-      const int64_t begin = block * kDepthBlock, end = std::min(panels.depth, begin + kDepthBlock);
-      const int64_t from = panels.group(panel) * group_step + panels.first(panel) * column_step;
-      const int64_t to = panel * taps * panels.depth * columns;
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t k = begin; k < end; ++k)
-          for (int64_t t = 0; t < taps; ++t)
-            visit(c < panels.used(panel) ? from + k * depth_step + c * column_step + t : -1,
-                  to + (t * panels.depth + k) * columns + c);
-    }
+constexpr int64_t kDepthBlock = 8;  // channels of a panel that are reordered together, in the cache
+
+// Where a block of a panel lies in the weight (out channels, in channels / groups, taps): `runs` contiguous pieces of
+// `length`. Element (k, c, t) of the block is at c * column_step + k * depth_step + t of the pieces put end to end.
+struct Block {
+  int64_t begin, end, used;  // depth, and columns that exist
+  int64_t from, run_step, runs, length, column_step, depth_step;
+
+  Block(const Panels& p, int64_t taps, bool transposed, int64_t panel, int64_t block)
+      : begin(block * kDepthBlock), end(std::min(p.depth, begin + kDepthBlock)), used(p.used(panel)) {
+    const int64_t inner = transposed ? p.width : p.depth, first = p.first(panel);  // inner: the weight's dimension 1
+    const int64_t group = p.group(panel) * p.depth * p.width;
+    from = (group + (transposed ? begin * inner + first : first * inner + begin)) * taps;
+    run_step = inner * taps;
+    runs = transposed ? end - begin : used;
+    length = (transposed ? used : end - begin) * taps;
+    column_step = transposed ? taps : length;
+    depth_step = transposed ? length : taps;
   }
-}
+};
+
+int64_t depth_blocks(const Panels& panels) { return (panels.depth + kDepthBlock - 1) / kDepthBlock; }
 
 }  // namespace
 
 template <typename T>
 void pack_weight(const ConvShape& s, int64_t taps, bool transposed, const T* weight, T* packed, int threads) {
-  for_each_weight(s, taps, columns<T>(), transposed, threads,
-                  [=](int64_t from, int64_t to) { packed[to] = from < 0 ? T(0) : weight[from]; });
+  constexpr int64_t C = columns<T>();
+  const Panels panels(s, C);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> stage(C * kDepthBlock * taps);  // strides of a power of two would thrash the cache
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t panel = 0; panel < panels.total; ++panel) {
+      for (int64_t index = 0; index < depth_blocks(panels); ++index) {
+        const Block block(panels, taps, transposed, panel, index);
+        for (int64_t r = 0; r < block.runs; ++r)
+          std::copy_n(weight + block.from + r * block.run_step, block.length, stage.data() + r * block.length);
+        for (int64_t t = 0; t < taps; ++t) {
+          for (int64_t k = block.begin; k < block.end; ++k) {
+            const T* from = stage.data() + (k - block.begin) * block.depth_step + t;
+            T* to = packed + ((panel * taps + t) * panels.depth + k) * C;
+            for (int64_t c = 0; c < block.used; ++c) to[c] = from[c * block.column_step];
+            for (int64_t c = block.used; c < C; ++c) to[c] = T(0);
+          }
+        }
+      }
+    }
+  }
 }
 
 template <typename T>
 void unpack_weight(const ConvShape& s, int64_t taps, const T* packed, T* weight, int threads) {
-  for_each_weight(s, taps, columns<T>(), false, threads, [=](int64_t to, int64_t from) {
-    if (to >= 0) weight[to] = packed[from];
-  });
+  constexpr int64_t C = columns<T>();
+  const Panels panels(s, C);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> stage(C * kDepthBlock * taps);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t panel = 0; panel < panels.total; ++panel) {
+      for (int64_t index = 0; index < depth_blocks(panels); ++index) {
+        const Block block(panels, taps, false, panel, index);
+        for (int64_t t = 0; t < taps; ++t) {
+          for (int64_t k = block.begin; k < block.end; ++k) {
+            const T* from = packed + ((panel * taps + t) * panels.depth + k) * C;
+            T* to = stage.data() + (k - block.begin) * block.depth_step + t;
+            for (int64_t c = 0; c < block.used; ++c) to[c * block.column_step] = from[c];
+          }
+        }
+        for (int64_t r = 0; r < block.runs; ++r)
+          std::copy_n(stage.data() + r * block.length, block.length, weight + block.from + r * block.run_step);
+      }
+    }
+  }
 }
 
 #define SPARK_INSTANTIATE(T)                                                                                      \

@@ -28,4 +28,4 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
 def _vjp(function, at: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         at = at.detach().requires_grad_()
-        return torch.autograd.grad(function(at), at, grad)[0]
+        return torch.autograd.grad(function(at), at, grad, allow_unused=True, materialize_grads=True)[0]

@@ -13,7 +13,8 @@ def gather(images, patches: ActivePatches) -> torch.Tensor:
         images[image, :, row * side : (row + 1) * side, col * side : (col + 1) * side].flatten(1).t()
         for image, row, col in patches.coords.tolist()
     ]
-    return torch.cat(rows) if rows else images.new_zeros(0, images.shape[1])
+    nothing = images.flatten(2)[0, :, :0].t()  # (0, C), so that an empty result still has a gradient
+    return torch.cat((nothing, *rows))
 
 
 def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:

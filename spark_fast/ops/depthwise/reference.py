@@ -17,12 +17,15 @@ def forward(features, weight, bias, geometry: Geometry) -> torch.Tensor:
 
 
 def grad_input(grad, weight, geometry: Geometry) -> torch.Tensor:
-    with torch.enable_grad():
-        features = grad.new_zeros(geometry.rows_in, grad.shape[1]).requires_grad_()
-        return torch.autograd.grad(forward(features, weight.detach(), None, geometry), features, grad)[0]
+    features = grad.new_zeros(geometry.rows_in, grad.shape[1])
+    return _vjp(lambda x: forward(x, weight, None, geometry), features, grad)
 
 
 def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
+    return _vjp(lambda w: forward(features, w, None, geometry), weight, grad)
+
+
+def _vjp(function, at: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
-        weight = weight.detach().requires_grad_()
-        return torch.autograd.grad(forward(features.detach(), weight, None, geometry), weight, grad)[0]
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(function(at), at, grad, allow_unused=True, materialize_grads=True)[0]

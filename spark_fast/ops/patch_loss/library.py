@@ -11,7 +11,9 @@ from spark_fast.patches import ActivePatches
 
 def forward(prediction, images, patches: ActivePatches) -> torch.Tensor:
     masked = patches.complement()
-    count = max(masked.count, 1)
-    target, _, _ = normalize_patches(gather_patches(images, masked).view(masked.count, -1))  # (M, p * p * C)
-    error = gather_patches(prediction, masked).view(masked.count, -1) - target
-    return error.square().mean(1).sum() / count
+    if not masked.count:
+        return prediction.sum() * 0
+    size = (masked.count, images[0].numel() // masked.active[0].numel())  # (M, p * p * C)
+    target, _, _ = normalize_patches(gather_patches(images, masked).view(size))
+    error = gather_patches(prediction, masked).view(size) - target
+    return error.square().mean(1).sum() / masked.count

@@ -1,0 +1,56 @@
+"""Sparse batches of odd shapes, and every CPU instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spark_fast as sf
+from spark_fast.ops import native
+
+
+def _mask(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    if kind == "equal":
+        return sf.random_patch_mask(2, (3, 4), 0.6, generator)
+    if kind == "unequal":  # one image with no active patch, one with a few
+        return torch.stack((torch.zeros(2, 3, dtype=torch.bool), torch.rand(2, 3, generator=generator) < 0.7))
+    if kind == "all":
+        return torch.ones(1, 2, 2, dtype=torch.bool)
+    if kind == "one":
+        return (torch.arange(9) == 4).view(1, 3, 3)
+    assert kind == "none"
+    return torch.zeros(2, 2, 3, dtype=torch.bool)
+
+
+@pytest.fixture(params=["equal", "unequal", "all", "one", "none"])
+def patches(request) -> sf.ActivePatches:
+    return sf.ActivePatches(_mask(request.param))
+
+
+@pytest.fixture
+def some_patches() -> sf.ActivePatches:
+    return sf.ActivePatches(_mask("equal"))
+
+
+def _instruction_sets() -> list[str]:
+    run = native.module()
+    best = run.isa()
+    found = []
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            run.set_isa(name)
+            found.append(name)
+        except ValueError:
+            pass
+    run.set_isa(best)
+    return found
+
+
+@pytest.fixture(params=_instruction_sets())
+def instruction_set(request):
+    """Each instruction set that this build and machine have."""
+    best = native.module().isa()
+    native.module().set_isa(request.param)
+    yield request.param
+    native.module().set_isa(best)

@@ -1,0 +1,142 @@
+"""conv2d: every backend against the float64 reference, in every dtype and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exactness import DTYPES, assert_as_exact, value_and_grads
+
+from spark_fast import use_backend
+from spark_fast.ops.conv import conv2d
+
+# in, out, groups, kernel, stride, padding, dilation, side
+SHAPES = {
+    "3x3": (7, 65, 1, 3, 1, 1, 1, 4),
+    "3x3 side 1": (16, 40, 1, 3, 1, 1, 1, 1),
+    "3x3 stride 2": (5, 33, 1, 3, 2, 1, 1, 2),
+    "stem": (3, 12, 1, 7, 2, 3, 1, 8),
+    "1x1": (7, 3, 1, 1, 1, 0, 1, 2),
+    "1x1 stride 2": (9, 4, 1, 1, 2, 0, 1, 2),
+    "2x2 stride 2": (4, 6, 1, 2, 2, 0, 1, 4),
+    "dilated": (12, 7, 1, 3, 1, 2, 2, 3),
+    "grouped": (12, 8, 4, 3, 1, 1, 1, 2),
+    "grouped 1x1": (6, 9, 3, 1, 1, 0, 1, 2),
+    "oblong": (3, 5, 1, (1, 5), 1, (0, 2), 1, 2),
+    "multiplier": (3, 6, 3, 3, 1, 1, 1, 2),
+}
+
+
+def make(shape, patches, dtype):
+    inc, out, groups, kernel, *_, side = shape
+    generator = torch.Generator().manual_seed(3)
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    sizes = ((patches.rows(side), inc), (out, inc // groups, *kernel), (out,))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+
+
+def run(shape, patches, x, w, b):
+    _, _, groups, _, stride, padding, dilation, side = shape
+    return conv2d(x, w, b, patches, side, stride, padding, dilation, groups)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_reference(name, dtype, patches):
+    check(SHAPES[name], dtype, patches)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_instruction_set(name, some_patches, instruction_set):
+    check(SHAPES[name], torch.float32, some_patches)
+
+
+def check(shape, dtype, patches):
+    inputs = make(shape, patches, dtype)
+    ours, our_grads = value_and_grads(lambda *t: run(shape, patches, *t), *inputs)
+    with use_backend("reference"):
+        theirs, their_grads = value_and_grads(lambda *t: run(shape, patches, *t), *inputs)
+        oracle, grads = value_and_grads(lambda *t: run(shape, patches, *t), *(t.double() for t in inputs))
+    assert ours.dtype == dtype
+    x, w, _ = inputs
+    taps, out_per_group = w[0, 0].numel(), w.shape[0] // shape[2]
+    assert_as_exact(ours, theirs, oracle, "forward", taps * w.shape[1])
+    terms = (taps * out_per_group, x.shape[0], x.shape[0])
+    for what, mine, own, true, n in zip(("input", "weight", "bias"), our_grads, their_grads, grads, terms, strict=True):
+        assert mine.dtype == dtype
+        assert_as_exact(mine, own, true, f"grad {what}", n)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradcheck(name, some_patches):
+    shape = SHAPES[name]
+    if shape[-1] > 4:
+        shape = (*shape[:-1], 4)
+    inputs = [t.requires_grad_() for t in make(shape, some_patches, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: run(shape, some_patches, *t), inputs, fast_mode=True)
+
+
+def test_threads_do_not_change_the_result(some_patches):
+    shape = SHAPES["3x3"]
+    inputs = make(shape, some_patches, torch.float32)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out, grads = value_and_grads(lambda *t: run(shape, some_patches, *t), *inputs)
+        results.append((out, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_bias_and_frozen_weight(some_patches):
+    x, w, _ = make(SHAPES["3x3"], some_patches, torch.float32)
+    x.requires_grad_()
+    out = run(SHAPES["3x3"], some_patches, x, w, None)
+    out.sum().backward()
+    assert x.grad is not None and w.grad is None
+
+
+def test_non_contiguous_rows_are_not_misread(some_patches):
+    shape = SHAPES["3x3"]
+    x, w, b = make(shape, some_patches, torch.float32)
+    strided = torch.empty(x.shape[1], x.shape[0]).t().copy_(x)
+    torch.testing.assert_close(run(shape, some_patches, strided, w, b), run(shape, some_patches, x, w, b))
+    flipped = w.flip(2).flip(2)
+    view = torch.empty(*w.shape[2:], *w.shape[:2]).permute(2, 3, 0, 1).copy_(flipped)
+    torch.testing.assert_close(run(shape, some_patches, x, view, b), run(shape, some_patches, x, w, b))
+
+
+def test_autocast_uses_its_dtype_and_gives_gradients_in_the_parameters(some_patches):
+    x, w, b = (t.requires_grad_() for t in make(SHAPES["3x3"], some_patches, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(SHAPES["3x3"], some_patches, x, w, b)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert {t.grad.dtype for t in (x, w, b)} == {torch.float32}
+
+
+def test_padding_by_name(some_patches):
+    x, w, b = make(SHAPES["3x3"], some_patches, torch.float64)
+    same, _ = conv2d(x, w, b, some_patches, 4, padding="same")
+    torch.testing.assert_close(same, conv2d(x, w, b, some_patches, 4, padding=1)[0])
+    with pytest.raises(ValueError, match="padding"):
+        conv2d(x, w, b, some_patches, 4, stride=2, padding="same")
+    with pytest.raises(ValueError, match="whole number of pixels"):
+        conv2d(x, w, b, some_patches, 4, padding="valid")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x, w, b: (x[:-1], w, b), ValueError, "rows"),
+        (lambda x, w, b: (x.long(), w, b), TypeError, "floating"),
+        (lambda x, w, b: (x, w[:, 1:], b), ValueError, "channels"),
+        (lambda x, w, b: (x, w[0], b), ValueError, "weight"),
+        (lambda x, w, b: (x, w.half(), b), TypeError, "weight"),
+        (lambda x, w, b: (x, w, b[:-1]), ValueError, "bias"),
+        (lambda x, w, b: (x.to("meta"), w, b), ValueError, "meta"),
+        (lambda x, w, b: (x, w.to("meta"), b), ValueError, "weight"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, words, some_patches):
+    x, w, b = change(*make(SHAPES["3x3"], some_patches, torch.float32))
+    with pytest.raises(error, match=words):
+        conv2d(x, w, b, some_patches, 4, padding=1)

@@ -1,0 +1,62 @@
+"""Depthwise conv2d: every backend against the float64 reference, in every dtype and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exactness import DTYPES, assert_as_exact, value_and_grads
+
+from spark_fast import use_backend
+from spark_fast.ops.depthwise import depthwise_conv2d
+from spark_fast.ops.window import Geometry, Window
+
+# channels, window, side
+SHAPES = {
+    "7x7": (65, Window((7, 7), padding=(3, 3)), 4),
+    "7x7 side 1": (7, Window((7, 7), padding=(3, 3)), 1),
+    "3x3 stride 2": (40, Window((3, 3), (2, 2), (1, 1)), 2),
+    "5x5 dilated": (3, Window((5, 5), padding=(4, 4), dilation=(2, 2)), 2),
+    "1x1": (19, Window((1, 1)), 2),
+}
+
+
+def check(name, dtype, patches):
+    channels, window, side = SHAPES[name]
+    geometry = Geometry.of(patches, side, window)
+    generator = torch.Generator().manual_seed(3)
+    sizes = ((geometry.rows_in, channels), (channels, 1, *window.kernel), (channels,))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+
+    def run(*tensors):
+        return depthwise_conv2d(*tensors, geometry)
+
+    ours, our_grads = value_and_grads(run, *inputs)
+    with use_backend("reference"):
+        theirs, their_grads = value_and_grads(run, *inputs)
+        oracle, grads = value_and_grads(run, *(t.double() for t in inputs))
+    assert ours.dtype == dtype
+    terms = (window.taps, geometry.rows_out, geometry.rows_out)
+    assert_as_exact(ours, theirs, oracle, "forward", window.taps)
+    for what, mine, own, true, n in zip(("input", "weight", "bias"), our_grads, their_grads, grads, terms, strict=True):
+        assert mine.dtype == dtype
+        assert_as_exact(mine, own, true, f"grad {what}", n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_reference(name, dtype, patches):
+    check(name, dtype, patches)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_instruction_set(name, some_patches, instruction_set):
+    check(name, torch.float32, some_patches)
+
+
+@pytest.mark.parametrize("name", ["3x3 stride 2", "5x5 dilated"])
+def test_gradcheck(name, some_patches):
+    _, window, side = SHAPES[name]
+    geometry = Geometry.of(some_patches, side, window)
+    sizes = ((geometry.rows_in, 3), (3, 1, *window.kernel), (3,))
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes]
+    assert torch.autograd.gradcheck(lambda *t: depthwise_conv2d(*t, geometry), inputs, fast_mode=True)
