@@ -82,9 +82,15 @@ Geometry geometry(const py::tuple& t) {
   const auto number = [&](int i) { return t[i].cast<int64_t>(); };
   const auto table = [&](int i) { return at<const int32_t>(t[i].cast<Address>()); };
   if (t.size() != 15) throw py::value_error("a geometry has 15 entries");
-  return {table(0),  table(1),  number(2),
-          number(3), number(4), number(5),
-          number(6), number(7), number(8),
+  return {table(0),
+          table(1),
+          number(2),
+          number(3),
+          number(4),
+          number(5),
+          number(6),
+          number(7),
+          number(8),
           {table(9), table(10), number(11)},
           {table(12), table(13), number(14)}};
 }
@@ -105,8 +111,8 @@ void conv_gather_gemm(const py::tuple& where, int64_t element_size, int64_t sour
   const ConvShape s{source_channels, query_channels, groups};
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(conv_gather_gemm<T>(g, s, at<const T>(source), at<const T>(packed), at<const T>(bias), at<T>(query),
-                                       threads));
+    SPARK_DISPATCH(
+        conv_gather_gemm<T>(g, s, at<const T>(source), at<const T>(packed), at<const T>(bias), at<T>(query), threads));
   });
 }
 
@@ -155,8 +161,8 @@ void depthwise_grad_weight(const py::tuple& where, int64_t element_size, int64_t
   const Geometry g = geometry(where);
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(depthwise_grad_weight<T>(g, channels, at<const T>(source), at<const T>(query), at<T>(grad),
-                                            threads));
+    SPARK_DISPATCH(
+        depthwise_grad_weight<T>(g, channels, at<const T>(source), at<const T>(query), at<T>(grad), threads));
   });
 }
 
@@ -174,8 +180,8 @@ void max_pool_grad_input(const py::tuple& where, int64_t element_size, int64_t c
   const Geometry g = geometry(where);
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(max_pool_grad_input<T>(g, channels, at<const T>(grad), at<const int16_t>(argmax), at<T>(query),
-                                          threads));
+    SPARK_DISPATCH(
+        max_pool_grad_input<T>(g, channels, at<const T>(grad), at<const int16_t>(argmax), at<T>(query), threads));
   });
 }
 

@@ -5,7 +5,6 @@
 #include "kernels.h"
 #include "simd.h"
 
-
 namespace spark {
 namespace SPARK_ISA {
 namespace {
@@ -164,7 +163,7 @@ int64_t panel_columns(int64_t element_size) { return 2 * kVectorBytes / element_
 
 template <typename T>
 void conv_gather_gemm(const Geometry& g, const ConvShape& s, const T* source, const T* packed, const T* bias, T* query,
-                      int threads) {
+                      [[maybe_unused]] int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
   const bool few = panels.depth <= kFewChannels;
@@ -219,7 +218,8 @@ void conv_gather_gemm(const Geometry& g, const ConvShape& s, const T* source, co
 }
 
 template <typename T>
-void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, const T* query, T* packed, int threads) {
+void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, const T* query, T* packed,
+                      [[maybe_unused]] int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
   const bool few = panels.depth <= kFewChannels;
@@ -293,7 +293,8 @@ int64_t depth_blocks(const Panels& panels) { return (panels.depth + kDepthBlock 
 }  // namespace
 
 template <typename T>
-void pack_weight(const ConvShape& s, int64_t taps, bool transposed, const T* weight, T* packed, int threads) {
+void pack_weight(const ConvShape& s, int64_t taps, bool transposed, const T* weight, T* packed,
+                 [[maybe_unused]] int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
 #pragma omp parallel num_threads(threads)
@@ -319,7 +320,7 @@ void pack_weight(const ConvShape& s, int64_t taps, bool transposed, const T* wei
 }
 
 template <typename T>
-void unpack_weight(const ConvShape& s, int64_t taps, const T* packed, T* weight, int threads) {
+void unpack_weight(const ConvShape& s, int64_t taps, const T* packed, T* weight, [[maybe_unused]] int threads) {
   constexpr int64_t C = columns<T>();
   const Panels panels(s, C);
 #pragma omp parallel num_threads(threads)
@@ -343,10 +344,10 @@ void unpack_weight(const ConvShape& s, int64_t taps, const T* packed, T* weight,
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                      \
-  template void conv_gather_gemm<T>(const Geometry&, const ConvShape&, const T*, const T*, const T*, T*, int);    \
-  template void conv_grad_weight<T>(const Geometry&, const ConvShape&, const T*, const T*, T*, int);              \
-  template void pack_weight<T>(const ConvShape&, int64_t, bool, const T*, T*, int);                               \
+#define SPARK_INSTANTIATE(T)                                                                                   \
+  template void conv_gather_gemm<T>(const Geometry&, const ConvShape&, const T*, const T*, const T*, T*, int); \
+  template void conv_grad_weight<T>(const Geometry&, const ConvShape&, const T*, const T*, T*, int);           \
+  template void pack_weight<T>(const ConvShape&, int64_t, bool, const T*, T*, int);                            \
   template void unpack_weight<T>(const ConvShape&, int64_t, const T*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)

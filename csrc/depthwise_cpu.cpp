@@ -19,7 +19,8 @@ struct Neighbours {
   std::vector<int64_t> count;
   int64_t taps;
 
-  explicit Neighbours(int64_t taps) : source(kBlockRows * taps), tap(kBlockRows * taps), count(kBlockRows), taps(taps) {}
+  explicit Neighbours(int64_t taps)
+      : source(kBlockRows * taps), tap(kBlockRows * taps), count(kBlockRows), taps(taps) {}
 
   void find(const Geometry& g, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < end - begin; ++i) {
@@ -70,7 +71,7 @@ inline void row_sum_scalar(const Neighbours& near, int64_t i, int64_t channels, 
 
 template <typename T>
 void depthwise_gather(const Geometry& g, int64_t channels, const T* source, const T* weight, const T* bias, T* query,
-                      int threads) {
+                      [[maybe_unused]] int threads) {
   constexpr int64_t L = Vector<T>::lanes;
   const int64_t rows = g.rows(), blocks = (rows + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel num_threads(threads)
@@ -95,7 +96,8 @@ void depthwise_gather(const Geometry& g, int64_t channels, const T* source, cons
 }
 
 template <typename T>
-void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source, const T* query, T* grad, int threads) {
+void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source, const T* query, T* grad,
+                           [[maybe_unused]] int threads) {
   typedef typename Vector<T>::type V;
   constexpr int64_t L = Vector<T>::lanes;
   // A few channels at a time, so that their sums of all taps stay in the cache; channels are shared out among threads.
@@ -131,8 +133,8 @@ void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source,
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                        \
-  template void depthwise_gather<T>(const Geometry&, int64_t, const T*, const T*, const T*, T*, int);               \
+#define SPARK_INSTANTIATE(T)                                                                          \
+  template void depthwise_gather<T>(const Geometry&, int64_t, const T*, const T*, const T*, T*, int); \
   template void depthwise_grad_weight<T>(const Geometry&, int64_t, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)

@@ -11,7 +11,8 @@ namespace spark {
 namespace SPARK_ISA {
 
 template <typename T>
-void max_pool_forward(const Geometry& g, int64_t channels, const T* source, T* query, int16_t* argmax, int threads) {
+void max_pool_forward(const Geometry& g, int64_t channels, const T* source, T* query, int16_t* argmax,
+                      [[maybe_unused]] int threads) {
   const int64_t rows = g.rows();
 #pragma omp parallel num_threads(threads)
   {
@@ -51,7 +52,7 @@ void max_pool_forward(const Geometry& g, int64_t channels, const T* source, T* q
 
 template <typename T>
 void max_pool_grad_input(const Geometry& g, int64_t channels, const T* grad, const int16_t* argmax, T* query,
-                         int threads) {
+                         [[maybe_unused]] int threads) {
   const int64_t rows = g.rows();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t q = 0; q < rows; ++q) {
@@ -71,8 +72,8 @@ void max_pool_grad_input(const Geometry& g, int64_t channels, const T* grad, con
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                               \
-  template void max_pool_forward<T>(const Geometry&, int64_t, const T*, T*, int16_t*, int);                \
+#define SPARK_INSTANTIATE(T)                                                                \
+  template void max_pool_forward<T>(const Geometry&, int64_t, const T*, T*, int16_t*, int); \
   template void max_pool_grad_input<T>(const Geometry&, int64_t, const T*, const int16_t*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+import spark_fast
 from spark_fast.evaluate.grid import save_grid
 from spark_fast.ops import backend
 from spark_fast.spark import SparK
@@ -205,8 +206,10 @@ def _export(command: Export) -> None:
 
 def _info() -> None:
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("spark_fast", "torch", "torchvision", "timm", "triton", "numpy", "pillow"):
-        print(f"{package:12} {_version(package)}")
+    versions = {"spark_fast": spark_fast.__version__, "torch": torch.__version__}
+    versions |= {package: _version(package) for package in ("torchvision", "timm", "triton", "numpy", "pillow")}
+    for package, version in versions.items():
+        print(f"{package:12} {version}")
     print(f"CPU          {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU          {', '.join(devices) or 'none'} (torch built for CUDA {torch.version.cuda})")

@@ -35,10 +35,11 @@ class Densify(nn.Module):
 
     def forward(self, maps: list[SparseTensor]) -> list[torch.Tensor]:
         """Dense maps (B, width_i, H_i, W_i) from sparse ones (B, C_i, H_i, W_i), coarsest first."""
-        return [
-            proj(norm(x).to_dense(fill=token.flatten().to(x.dtype)))
-            for x, norm, proj, token in zip(maps, self.norms, self.projs, self.mask_tokens, strict=True)
-        ]
+        dense = []
+        for x, norm, proj, token in zip(maps, self.norms, self.projs, self.mask_tokens, strict=True):
+            x = norm(x)
+            dense.append(proj(x.to_dense(fill=token.flatten().to(x.dtype))))
+        return dense
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

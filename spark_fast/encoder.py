@@ -99,17 +99,22 @@ class Encoder(nn.Module):
         Raises:
             TypeError: the model gave something other than SparseTensors.
         """
-        maps = self._hooked(x) if self.feature_layers else _as_list(self.model(x))
+        maps = self.feature_maps(x)
         for value in maps:
             if not isinstance(value, SparseTensor):
                 raise TypeError(
                     f"{self.name}: a feature map is {type(value).__name__}, not a SparseTensor. Give feature_layers, "
                     "the names of layers whose outputs are feature maps"
                 )
+        return maps
+
+    def feature_maps(self, x: SparseTensor | torch.Tensor) -> list:
+        """The feature maps used, finest first, of sparse or of dense images (then the network runs dense)."""
+        maps = self._hooked(x) if self.feature_layers else _as_list(self.model(x))
         return maps if self.used is None else [maps[i] for i in self.used]
 
-    def _hooked(self, x: SparseTensor) -> list[SparseTensor]:
-        found: dict[str, SparseTensor] = {}
+    def _hooked(self, x: SparseTensor | torch.Tensor) -> list:
+        found: dict[str, SparseTensor | torch.Tensor] = {}
 
         def keep(name: str):
             def hook(module, args, output):
@@ -119,9 +124,7 @@ class Encoder(nn.Module):
 
             return hook
 
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_layers
-        ]
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_layers]
         run = getattr(self.model, "forward_features", self.model)
         try:
             run(x)

@@ -86,4 +86,6 @@ class ActivePatches:
 
     def __repr__(self) -> str:
         kept = "varying counts" if self.per_image is None else f"{self.per_image} per image"
-        return f"ActivePatches(batch={self.batch}, grid={self.grid}, active={self.count} ({kept}), device={self.device})"
+        return (
+            f"ActivePatches(batch={self.batch}, grid={self.grid}, active={self.count} ({kept}), device={self.device})"
+        )

@@ -1,8 +1,8 @@
 """Checkpoints in the formats of SparK's released code.
 
-Two kinds of file exist. The *spark-style* one holds the whole pre-training model (encoder, densify layers, decoder) with
-its architecture's name; the *backbone-only* one holds the encoder's weights alone, for fine-tuning. Their ResNets use
-timm's key names, their ConvNeXts those of the original ConvNeXt repository.
+Two kinds of file exist. The *spark-style* one holds the whole pre-training model (encoder, densify layers, decoder)
+with its architecture's name; the *backbone-only* one holds the encoder's weights alone, for fine-tuning. Their ResNets
+use timm's key names, their ConvNeXts those of the original ConvNeXt repository.
 """
 
 import os
@@ -38,13 +38,13 @@ def load_released(path: str | os.PathLike[str], model: str | None = None) -> Spa
     """Build a SparK from a checkpoint file of the released code.
 
     path: a spark-style file (a dict with `module` and `arch`) or a backbone-only state dict, which may be wrapped in
-    `module`, `state_dict` or `model`. model: the timm name of the architecture; needed for a backbone-only file, and must
-    agree with the file's own `arch` otherwise.
+    `module`, `state_dict` or `model`. model: the timm name of the architecture; needed for a backbone-only file, and
+    must agree with the file's own `arch` otherwise.
 
     From a spark-style file everything comes from the file: image size, channels, decoder width, number of stages,
     densify norm and mask ratio. From a backbone-only file comes the encoder alone: the densify layers, the mask tokens
-    and the decoder are freshly initialised and a warning says so; the image size is 224. Classifier weights are ignored.
-    Files are read with `weights_only=True`. The model is on the CPU, in float32 and in train mode.
+    and the decoder are freshly initialised and a warning says so; the image size is 224. Classifier weights are
+    ignored. Files are read with `weights_only=True`. The model is on the CPU, in float32 and in train mode.
 
     Raises FileNotFoundError; ValueError if the file is not such a checkpoint, if `model` contradicts it, or if keys or
     shapes differ (one message lists them all).
@@ -65,7 +65,8 @@ def load_released(path: str | os.PathLike[str], model: str | None = None) -> Spa
         f"{str(path)!r} holds the encoder only: the densify layers and the decoder are freshly initialised",
         stacklevel=2,
     )
-    return _fill(path, spark, _rename_backbone({BACKBONE + key: value for key, value in state.items()}, spark), BACKBONE)
+    prefixed = {BACKBONE + key: value for key, value in state.items()}
+    return _fill(path, spark, _rename_backbone(prefixed, spark), BACKBONE)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -74,9 +75,10 @@ def _read(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, AttributeError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), "it ends early")
         raise ValueError(
-            f"path={str(path)!r} cannot be read as a checkpoint of tensors and plain values: it is truncated, of another "
-            f"format, or holds other Python objects ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"path={str(path)!r} cannot be read as a checkpoint of tensors and plain values: it is truncated, of "
+            f"another format, or holds other Python objects ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -91,7 +93,7 @@ def _state_dict(path: str | os.PathLike[str], content: Any) -> dict[str, Tensor]
     entries = {k: v for k, v in inner.items() if k != "config"} if isinstance(inner, Mapping) else {}
     others = sorted(str(k) for k, v in entries.items() if not (isinstance(k, str) and isinstance(v, Tensor)))
     if not entries or others:
-        found = f"it also has the entries {others[:10]}" if others else f"it holds a {type(inner).__name__} without tensors"
+        found = f"it also has the entries {others[:10]}" if others else f"a {type(inner).__name__} without tensors"
         raise ValueError(f"path={str(path)!r} is no state dict (names -> tensors) of the released code: {found}")
     if all(key.startswith("module.") for key in entries):
         entries = {key.removeprefix("module."): value for key, value in entries.items()}
@@ -161,7 +163,7 @@ def _rename_backbone(state: dict[str, Tensor], spark: SparK) -> dict[str, Tensor
     backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
     if not any(key.startswith("downsample_layers.") for key in backbone):
         return state
-    # as 1x1 kernels the linear weights pass timm's renaming unchecked, so that a wrong shape is reported with the others
+    # As 1x1 kernels the linear weights pass timm's renaming unchecked: a wrong shape is reported with the others.
     raised = {k: v[..., None, None] if v.dim() == 2 else v for k, v in backbone.items()}
     renamed = {BACKBONE + k: v for k, v in rename_convnext_to_timm(raised, spark.encoder.model).items()}
     targets = spark.state_dict()

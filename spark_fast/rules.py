@@ -183,9 +183,7 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
-def _max_pool2d(
-    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):
+def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     _channels_first_only("max_pool2d", input)
     if return_indices:
         raise SparseOpError("max_pool2d: return_indices=True has no meaning on packed rows")
@@ -201,7 +199,14 @@ def _avg_pool2d(
     _channels_first_only("avg_pool2d", input)
     return input.with_features(
         *avg_pool2d(
-            input.features, input.patches, input.side, kernel_size, stride, padding, ceil_mode, count_include_pad,
+            input.features,
+            input.patches,
+            input.side,
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+            count_include_pad,
             divisor_override,
         )  # fmt: skip
     )

@@ -6,7 +6,10 @@ import torch
 import spark_fast as sf
 
 
-@pytest.mark.parametrize(("grid", "ratio", "kept"), [((7, 7), 0.6, 20), ((12, 12), 0.75, 36), ((3, 5), 0.5, 8), ((1, 1), 0.4, 1), ((2, 2), 0.0, 4)])
+@pytest.mark.parametrize(
+    ("grid", "ratio", "kept"),
+    [((7, 7), 0.6, 20), ((12, 12), 0.75, 36), ((3, 5), 0.5, 8), ((1, 1), 0.4, 1), ((2, 2), 0.0, 4)],
+)
 def test_every_image_keeps_the_rounded_share(grid, ratio, kept):
     active = sf.random_patch_mask(5, grid, ratio)
     assert active.dtype == torch.bool and active.shape == (5, *grid)

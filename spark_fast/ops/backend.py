@@ -20,7 +20,11 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "norm": {"cpu": ("library", "reference"), "*": ("library", "reference")},
-    "densify": {"cpu": ("library", "reference"), "cuda": ("library", "cuda", "reference"), "*": ("library", "reference")},
+    "densify": {
+        "cpu": ("library", "reference"),
+        "cuda": ("library", "cuda", "reference"),
+        "*": ("library", "reference"),
+    },
     "patch_loss": {"cpu": ("library", "reference"), "*": ("library", "reference")},
 }
 

@@ -36,7 +36,9 @@ def check_like(op: str, name: str, tensor: torch.Tensor | None, features: torch.
             "or run under torch.autocast"
         )
     if tensor.device != features.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, the features are on {features.device}; move one with .to()")
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, the features are on {features.device}; move one with .to()"
+        )
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -13,7 +13,9 @@ from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window, axis_table
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_output_size_is_pytorchs(ceil_mode):
-    for kernel, stride, padding, dilation, size in itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1), (1, 2), (7, 8, 12)):
+    for kernel, stride, padding, dilation, size in itertools.product(
+        (1, 2, 3, 5), (1, 2, 3), (0, 1), (1, 2), (7, 8, 12)
+    ):
         if 2 * padding > kernel or dilation * (kernel - 1) + 1 > size + 2 * padding:
             continue
         window = Window((kernel, kernel), (stride, stride), (padding, padding), (dilation, dilation))
@@ -47,7 +49,10 @@ def test_neighbors_against_a_map_of_row_numbers(patches):
         numbers[image, r * side : (r + 1) * side, c * side : (c + 1) * side] = block
     padded = F.pad(numbers, (1, 1, 1, 1), value=OUTSIDE)
     for row, (image, r, c) in enumerate(patches.coords.tolist()):  # side_out is 1
-        assert geometry.neighbors[:, row].tolist() == padded[image, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].flatten().tolist()
+        assert (
+            geometry.neighbors[:, row].tolist()
+            == padded[image, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].flatten().tolist()
+        )
 
 
 def test_impossible_geometries_are_named(some_patches):

@@ -23,5 +23,7 @@ def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
     start = features.new_zeros(shape) if fill is None else fill.view(1, -1, 1, 1).expand(shape).clone()
     out = start.contiguous(memory_format=torch.channels_last)
     for (image, row, col), patch in zip(patches.coords.tolist(), features.split(side * side), strict=False):
-        out[image, :, row * side : (row + 1) * side, col * side : (col + 1) * side] = patch.t().unflatten(1, (side, side))
+        out[image, :, row * side : (row + 1) * side, col * side : (col + 1) * side] = patch.t().unflatten(
+            1, (side, side)
+        )
     return out

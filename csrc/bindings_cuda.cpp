@@ -1,0 +1,47 @@
+// spark_fast._native_cuda: addresses, sizes and a stream as integers. The callers in spark_fast/ops/*/cuda.py validate.
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+#include "kernels_cuda.h"
+
+namespace py = pybind11;
+
+#ifndef SPARK_CUDA_ARCHS
+#define SPARK_CUDA_ARCHS "cpu"  // the kernels on csrc/cuda_shim
+#endif
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void gather(int device, uintptr_t stream, int64_t element_size, uintptr_t image,
+            std::tuple<int64_t, int64_t, int64_t, int64_t> strides, uintptr_t coords, int64_t patches, int64_t side,
+            int64_t channels, uintptr_t rows) {
+  const auto [b, c, y, x] = strides;
+  spark::gather_patches({device, stream}, element_size, pointer<const void>(image), {b, c, y, x},
+                        pointer<const int32_t>(coords), patches, side, channels, pointer<void>(rows));
+}
+
+void scatter(int device, uintptr_t stream, int64_t element_size, uintptr_t rows, uintptr_t fill,
+             uintptr_t grid_to_patch, int64_t batch, int64_t gh, int64_t gw, int64_t side, int64_t channels,
+             uintptr_t dense) {
+  spark::scatter_patches({device, stream}, element_size, pointer<const void>(rows), pointer<const void>(fill),
+                         pointer<const int32_t>(grid_to_patch), batch, gh, gw, side, channels, pointer<void>(dense));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_cuda, m) {
+  using py::arg;
+  m.doc() = "CUDA kernels of spark_fast";
+  m.attr("archs") = SPARK_CUDA_ARCHS;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();  // a full launch queue blocks
+  m.def("gather_patches", &gather, arg("device"), arg("stream"), arg("element_size"), arg("image"), arg("strides"),
+        arg("coords"), arg("patches"), arg("side"), arg("channels"), arg("rows"), unlocked);
+  m.def("scatter_patches", &scatter, arg("device"), arg("stream"), arg("element_size"), arg("rows"), arg("fill"),
+        arg("grid_to_patch"), arg("batch"), arg("gh"), arg("gw"), arg("side"), arg("channels"), arg("dense"), unlocked);
+}
