@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
 
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         self.width = width
         blocks = total_stride.bit_length() - 1
         widths = [width >> k for k in range(blocks + 1)]
-        self.dec = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.dec = nn.ModuleList(UpBlock(a, b) for a, b in itertools.pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], out_chans, 1)
         self.apply(_init)
 
@@ -69,6 +70,6 @@ def _init(module: nn.Module) -> None:
     if isinstance(module, nn.ConvTranspose2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
 from spark_fast.nn import SparseBatchNorm2d, SparseLayerNorm
@@ -31,7 +30,7 @@ class Densify(nn.Module):
         )
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, c, 1, 1)) for c in channels)
         for token in self.mask_tokens:
-            trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, maps: list[SparseTensor]) -> list[torch.Tensor]:
         """Dense maps (B, width_i, H_i, W_i) from sparse ones (B, C_i, H_i, W_i), coarsest first."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
 from spark_fast.patches import ActivePatches
 from spark_fast.tensor import SparseTensor
 
+PROBE_SIDE = 128  # pixels; larger than any total stride in use
 
-class _Done(Exception):
+
+class _Done(Exception):  # noqa: N818  (a signal, not an error)
     """All wanted maps have been seen; what the model would do afterwards (head, pooling) is not needed."""
 
 
@@ -21,7 +21,6 @@ class Encoder(nn.Module):
     Args:
         model: a timm model name, or a module. A timm model's maps are those that its `feature_info` declares. Another
             module's maps are the outputs of `feature_layers`, or else what its forward returns (a list, tuple or dict).
-        img_size: (height, width), to find strides and channels by one forward pass on a single patch.
         in_chans: image channels C.
         stages: how many maps to use, counted from the coarsest; default: all those of stride 4 and more.
         feature_layers: names of submodules whose outputs are the maps, finest first.
@@ -40,7 +39,6 @@ class Encoder(nn.Module):
     def __init__(
         self,
         model: str | nn.Module,
-        img_size: tuple[int, int],
         in_chans: int = 3,
         stages: int | None = None,
         feature_layers: list[str] | None = None,
@@ -59,7 +57,7 @@ class Encoder(nn.Module):
         self.feature_layers = _feature_layers(model, feature_layers)
         self._check_in_chans(in_chans)
         self.used: list[int] | None = None  # indices of the maps used; None while probing: all
-        self._probe(img_size, in_chans, stages)
+        self._probe(in_chans, stages)
 
     def _check_in_chans(self, in_chans: int) -> None:
         first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -68,23 +66,20 @@ class Encoder(nn.Module):
                 f"in_chans={in_chans}, but the first convolution of {self.name} takes {first.in_channels} channels"
             )
 
-    def _probe(self, img_size: tuple[int, int], in_chans: int, stages: int | None) -> None:
+    def _probe(self, in_chans: int, stages: int | None) -> None:
         """Finds strides and channels of the maps by running one patch, and chooses the maps to use."""
-        side = math.gcd(*img_size)
-        grid = (img_size[0] // side, img_size[1] // side)
         parameter = next(self.model.parameters(), torch.zeros(()))
-        active = torch.zeros(1, *grid, dtype=torch.bool, device=parameter.device)
-        active[0, 0, 0] = True
-        rows = parameter.new_zeros(side * side, in_chans)
+        active = torch.ones(1, 1, 1, dtype=torch.bool, device=parameter.device)
+        rows = parameter.new_zeros(PROBE_SIDE**2, in_chans)
         was_training = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
-                maps = self(SparseTensor(rows, ActivePatches(active, per_image=1), side))
+                maps = self(SparseTensor(rows, ActivePatches(active, per_image=1), PROBE_SIDE))
         finally:
             for module, training in was_training:
                 module.training = training
-        strides = [side // m.side for m in maps]
+        strides = [PROBE_SIDE // m.side for m in maps]
         self.used = _choose(self.name, strides, stages)
         self.strides = [strides[i] for i in self.used]
         self.channels = [maps[i].features.shape[1] for i in self.used]

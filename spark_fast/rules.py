@@ -1,8 +1,8 @@
 """Sparse rules: what a PyTorch function does to a SparseTensor.
 
-`apply` looks the function up. Without a rule, an operation that only looks at a pixel's neighbourhood runs on the dense,
-zero-filled map and is masked again, which is the exact meaning (one warning per operation); any other operation raises
-SparseOpError.
+`apply` looks the function up. Without a rule, an operation that only looks at a pixel's neighbourhood runs on the
+dense, zero-filled map and is masked again, which is the exact meaning (one warning per operation); any other operation
+raises SparseOpError.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _where() -> str:
 _UNARY = (
     "relu relu_ relu6 gelu silu mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardsigmoid leaky_relu "
     "leaky_relu_ elu elu_ celu selu selu_ softplus softsign logsigmoid hardshrink softshrink tanhshrink threshold "
-    "threshold_ clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip abs abs_ neg neg_ exp log sqrt rsqrt square "
-    "erf sin cos reciprocal sign pow pow_ float half double bfloat16 type_as detach clone dropout dropout_ "
+    "threshold_ clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip abs abs_ neg neg_ exp log sqrt rsqrt "
+    "square erf sin cos reciprocal sign pow pow_ float half double bfloat16 type_as detach clone dropout dropout_ "
     "alpha_dropout rrelu nan_to_num round floor ceil zero_ fill_ zeros_like ones_like"
 )
 _BINARY = (
@@ -208,7 +208,7 @@ def _avg_pool2d(
             ceil_mode,
             count_include_pad,
             divisor_override,
-        )  # fmt: skip
+        )
     )
 
 

@@ -55,7 +55,7 @@ class SparK(nn.Module):
         self.in_chans = in_chans
         self.mask_ratio = mask_ratio
         self.encoder = Encoder(
-            model, self.img_size, in_chans, stages, feature_layers, drop_path_rate, model_kwargs
+            model, in_chans, stages, feature_layers, drop_path_rate, model_kwargs
         )  # fmt: skip
         stride = self.encoder.total_stride
         self.patch_size = stride if patch_size is None else patch_size

@@ -28,7 +28,7 @@ class SparseTensor:
         TypeError, ValueError: the rows do not fit the patches.
     """
 
-    __slots__ = ("features", "patches", "side", "channels_last")
+    __slots__ = ("channels_last", "features", "patches", "side")
 
     def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
         if not isinstance(side, int) or side < 1:
@@ -152,9 +152,11 @@ def _operator(name: str):
 
 
 # Python looks operators up on the class, so that __getattr__ does not see them.
-for _name in (
-    "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
-    "__itruediv__ __pow__ __rpow__ __neg__ __abs__ __lt__ __le__ __gt__ __ge__ __getitem__ __setitem__ __matmul__ "
-    "__floordiv__ __mod__ __bool__ __float__ __int__ __iter__"
-).split():
+_OPERATORS = (
+    "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__",
+    "__truediv__", "__rtruediv__", "__itruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "__lt__", "__le__",
+    "__gt__", "__ge__", "__getitem__", "__setitem__", "__matmul__", "__floordiv__", "__mod__", "__bool__",
+    "__float__", "__int__", "__iter__",
+)  # fmt: skip
+for _name in _OPERATORS:
     setattr(SparseTensor, _name, _operator(_name))

@@ -1,7 +1,7 @@
 """Which backend of an op runs: by device, in a documented order, or as forced by `use_backend`.
 
-Nothing falls back silently: the first backend of the order that is listed for the device runs, and when its native module
-is missing the call raises.
+Nothing falls back silently: the first backend that is listed for the device runs, and when its native module is missing
+the call raises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "patch_loss": {"cpu": ("library", "reference"), "*": ("library", "reference")},
 }
 
-_forced: ContextVar[dict[str, str]] = ContextVar("spark_fast_backend", default={})
+_forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -54,7 +54,7 @@ def select(op: str, device: torch.device) -> ModuleType:
         BackendError: the preferred backend, or the forced one, cannot run here.
     """
     order = _order(op, device.type)
-    forced = _forced.get().get(op)
+    forced = (_forced.get() or {}).get(op)
     if forced is not None and forced not in order:
         raise BackendError(f"backend '{forced}' of op '{op}' does not run on {device.type}; it has {', '.join(order)}")
     return _load(op, forced or order[0])
@@ -77,7 +77,7 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
     chosen = [o for o in having if op in (None, o)]
     if not chosen:
         raise ValueError(f"no backend {name!r}" + (f" of op {op!r}" if op else "") + f"; see {__name__}.ORDER")
-    token = _forced.set({**_forced.get(), **dict.fromkeys(chosen, name)})
+    token = _forced.set({**(_forced.get() or {}), **dict.fromkeys(chosen, name)})
     try:
         yield
     finally:

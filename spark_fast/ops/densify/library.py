@@ -10,7 +10,7 @@ from spark_fast.patches import ActivePatches
 def gather(images, patches: ActivePatches) -> torch.Tensor:
     gh, gw = patches.grid
     tiles = images.unflatten(2, (gh, -1)).unflatten(4, (gw, -1)).permute(0, 2, 4, 3, 5, 1)  # (B, gh, gw, side, side, C)
-    return tiles[patches.index].reshape(-1, images.shape[1])
+    return tiles[patches.index].reshape(-1, images.shape[1]).contiguous()
 
 
 def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
