@@ -1,0 +1,75 @@
+"""Densify: norm, mask token and projection of each stage, against the plain formula."""
+
+import pytest
+import simulation
+import torch
+from simulation import Mask, gap, gradients, random_mask, stir
+
+import spark_fast as sf
+
+GRID, CHANNELS, WIDTH = (2, 3), [24, 12, 7], 24
+
+
+def case(active: torch.Tensor, norm: str, channels=CHANNELS, first_side: int = 1):
+    """Ours and the plain module with the same parameters, and maps of three stages, coarsest first."""
+    torch.manual_seed(0)
+    widths = [WIDTH >> k for k in range(len(channels))]
+    ours = stir(sf.Densify(channels, widths, norm)).double()
+    plain = simulation.Densify(channels, range(len(channels)), WIDTH, norm).double()
+    plain.load_state_dict(ours.state_dict())
+    b, gh, gw = active.shape
+    sides = [first_side * 2**k for k in range(len(channels))]
+    return ours, plain, [torch.randn(b, c, gh * s, gw * s).double() for c, s in zip(channels, sides, strict=True)]
+
+
+MASKS = {
+    "equal": random_mask(3, GRID, 2),
+    "unequal": torch.tensor([[[1, 0, 1], [1, 1, 0]], [[0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]]).bool(),
+    "all": torch.ones(2, *GRID, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln", "none"])
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("first_side", [1, 2])  # 2: a patch of twice the stride
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("coarsest", [24, 10])  # with and without a projection there
+def test_equals_the_formula(norm, which, first_side, training, coarsest):
+    active = MASKS[which]
+    ours, plain, maps = case(active, norm, [coarsest, *CHANNELS[1:]], first_side)
+    ours.train(training), plain.train(training)
+    mine, theirs = ([m.clone().requires_grad_() for m in maps] for _ in range(2))
+    patches = sf.ActivePatches(active)
+    out = ours([sf.SparseTensor.from_dense(m, patches) for m in mine])
+    mask = Mask(active)
+    truth = list(plain([mask.apply(m) for m in theirs], mask).values())
+    assert len(out) == len(truth) == 3
+    upstream = [torch.randn_like(t) for t in truth]
+    for o, t in zip(out, truth, strict=True):
+        assert o.shape == t.shape and gap(o, t) < 1e-11
+    sum((o * u).sum() for o, u in zip(out, upstream, strict=True)).backward()
+    sum((t * u).sum() for t, u in zip(truth, upstream, strict=True)).backward()
+    for m, t in zip(mine, theirs, strict=True):
+        assert gap(m.grad, t.grad, 1e-6) < 1e-9
+    a, b = gradients(ours), gradients(plain)
+    assert a.keys() == b.keys()
+    assert all(gap(a[n], b[n], 1e-6) < 1e-9 for n in b)
+    buffers = dict(plain.named_buffers())
+    assert all(gap(v, buffers[n]) < 1e-11 for n, v in ours.named_buffers())
+
+
+def test_masked_pixels_hold_the_token():
+    torch.manual_seed(0)
+    densify = sf.Densify([8], [8], "none")  # no norm, no projection: what comes out is the filled map
+    active = MASKS["unequal"]
+    image = torch.randn(3, 8, 4, 6)
+    (out,) = densify([sf.SparseTensor.from_dense(image, sf.ActivePatches(active))])
+    seen = Mask(active).at(4, 6, torch.float32).bool()
+    assert torch.equal(out, torch.where(seen, image, densify.mask_tokens[0]))
+
+
+def test_tokens_start_small_and_random():
+    torch.manual_seed(0)
+    for token, channels in zip(sf.Densify([512, 256], [64, 32], "bn").mask_tokens, [512, 256], strict=True):
+        assert token.shape == (1, channels, 1, 1)
+        assert 0.008 < float(token.detach().std()) < 0.02 and float(token.detach().abs().max()) <= 0.02

@@ -1,0 +1,301 @@
+"""SparK end to end against the dense-masked simulation: loss, every gradient, running statistics, reconstruction."""
+
+import copy
+import statistics
+
+import pytest
+import timm
+import torch
+from simulation import Simulation, gap, gradients, maps_of, random_mask, stir
+from torch import Tensor, nn
+
+import spark_fast as sf
+
+TINY = {
+    "resnet26": {"layers": (1, 1, 2, 1), "channels": (8, 16, 24, 32)},
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)},
+    "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 64)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},  # norm and mlp channels first
+}
+
+
+def pair(name: str, img_size=224, stages=4, width=768, in_chans=3, kwargs=None, norm=None, **options):
+    """A stirred SparK and the simulation with the same parameters."""
+    torch.manual_seed(0)
+    kwargs = kwargs or {}
+    if norm is not None:
+        options["densify_norm"] = norm
+    spark = sf.SparK(
+        name, img_size, decoder_width=width, in_chans=in_chans, stages=stages, model_kwargs=kwargs, **options
+    )
+    stir(spark)
+    backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, **kwargs)
+    norm = norm or ("bn" if name.startswith("resnet") else "ln")
+    sim = Simulation(backbone, *maps_of(backbone, stages), width=width, norm=norm, in_chans=in_chans)
+    return spark, sim.copy_from(spark)
+
+
+def outcome(model: nn.Module, images: Tensor, active: Tensor, dtype: torch.dtype):
+    """Loss, gradients and buffers after one step in train mode; the model itself is left alone."""
+    model = copy.deepcopy(model).to(dtype).train()
+    loss = model(images.to(dtype), active)
+    assert loss.dim() == 0
+    loss.backward()
+    buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1].startswith(("running_", "num_batches"))}
+    return float(loss.detach()), gradients(model), buffers
+
+
+def assert_same(ours, truth, tolerance: float) -> None:
+    """Gradients are compared norm-wise per parameter; one that is zero up to rounding is compared to a floor."""
+    assert ours[0] == pytest.approx(truth[0], rel=tolerance)
+    errors = [gradient_errors(ours, truth), {n: gap(b, truth[2][n]) for n, b in ours[2].items()}]
+    for found, true_part in zip(errors, truth[1:], strict=True):
+        assert len(found) >= len(true_part) - 4  # a classifier head of the simulation's backbone has no partner
+        assert all(e <= tolerance for e in found.values()), {n: e for n, e in found.items() if not e <= tolerance}
+
+
+def gradient_errors(ours, truth) -> dict[str, float]:
+    floor = 1e-5 * max(float(g.double().norm()) for g in truth[1].values())
+    return {n: gap(g, truth[1][n], floor) for n, g in ours[1].items() if n in truth[1]}
+
+
+@pytest.fixture(scope="module", params=["resnet50", "convnext_tiny"])
+def full_size(request):
+    """Outcomes of the real nets at 224 px, batch 4: the simulation's in float64 and float32, and ours."""
+    spark, sim = pair(request.param)
+    images, active = torch.randn(4, 3, 224, 224), random_mask(4, (7, 7), 20)
+    truth = outcome(sim, images, active, torch.float64)
+    return spark, images, active, truth, outcome(sim, images, active, torch.float32)
+
+
+@pytest.mark.slow
+def test_full_size_float64(full_size):
+    spark, images, active, truth, _ = full_size
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+
+
+@pytest.mark.slow
+def test_full_size_float32(full_size):
+    """The loss to 1e-5. Gradients jump where a rounding error carries a pixel over a ReLU's kink, in the simulation
+    too: its float32 gradients are off its float64 ones by up to 1e-2, and by twice more or less with other roundings.
+    Four times its error is allowed here; the test on smooth nets below has the sharp bound."""
+    spark, images, active, truth, simulated = full_size
+    ours = outcome(spark, images, active, torch.float32)
+    assert ours[0] == pytest.approx(truth[0], rel=1e-5)
+    error, noise = (gradient_errors(part, truth) for part in (ours, simulated))
+    typical = statistics.median(noise.values())
+    excess = {n: (e, noise[n]) for n, e in error.items() if not e <= 4 * max(noise[n], typical) + 1e-4}
+    assert not excess
+    for name, value in ours[2].items():
+        assert gap(value, truth[2][name]) <= 2 * gap(simulated[2][name], truth[2][name]) + 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
+def test_full_size_float32_without_kinks(name):
+    """The same nets with GELU in place of ReLU: no gradient is off by more than twice the simulation's error + 1e-4."""
+    spark, sim = pair(name, kwargs={"act_layer": "gelu"} if name == "resnet50" else {})
+    for model in (spark, sim):
+        for block in model.decoder.dec:
+            block.conv[2] = nn.GELU()
+    images, active = torch.randn(2, 3, 224, 224), random_mask(2, (7, 7), 20)
+    truth = outcome(sim, images, active, torch.float64)
+    ours, simulated = (outcome(model, images, active, torch.float32) for model in (spark, sim))
+    assert ours[0] == pytest.approx(truth[0], rel=1e-6)
+    error, noise = (gradient_errors(part, truth) for part in (ours, simulated))
+    assert statistics.median(noise.values()) < 1e-4  # or the bound would say little
+    excess = {n: (e, noise[n]) for n, e in error.items() if not e <= 2 * noise[n] + 1e-4}
+    assert not excess
+
+
+SMALL = [
+    ("resnet26", (96, 96), {}),
+    ("resnet18", (64, 96), {}),
+    ("convnext_tiny", (96, 64), {}),
+    ("convnext_atto", (96, 96), {}),
+    ("resnet26", (128, 192), {"patch_size": 64}),
+    ("convnext_tiny", (192, 128), {"patch_size": 64}),
+    ("resnet26", (96, 64), {"in_chans": 1}),
+    ("convnext_tiny", (64, 96), {"in_chans": 5}),
+    ("resnet18", (96, 96), {"stages": 1}),
+    ("resnet26", (96, 96), {"stages": 2}),
+    ("convnext_tiny", (96, 96), {"stages": 3}),
+    ("resnet18", (96, 96), {"norm": "none"}),
+    ("resnet18", (96, 96), {"norm": "ln"}),
+    ("convnext_atto", (96, 96), {"norm": "bn"}),
+    ("resnet18", (96, 96), {"width": 128}),  # the coarsest map's width: no projection there
+    ("convnext_tiny", (96, 96), {"width": 32}),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "options"), SMALL, ids=lambda v: str(v))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_small_float64(name, size, options, batch):
+    spark, sim = pair(name, size, kwargs=TINY[name], **{"width": 64, **options})
+    patch = options.get("patch_size", 32)
+    grid = (size[0] // patch, size[1] // patch)
+    assert tuple(spark.grid) == grid
+    images = torch.randn(batch, spark.in_chans, *size)
+    active = random_mask(batch, grid, spark.len_keep)
+    truth = outcome(sim, images, active, torch.float64)
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "convnext_tiny"])
+def test_unequal_counts(name):
+    """A mask of the user's may keep a different number of patches in each image, even none."""
+    spark, sim = pair(name, 96, kwargs=TINY[name], width=64)
+    active = torch.zeros(3, 3, 3, dtype=torch.bool)
+    active[0, :2], active[1, 1, 1] = True, True
+    images = torch.randn(3, 3, 96, 96)
+    truth = outcome(sim, images, active, torch.float64)
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "convnext_tiny"])
+def test_drop_path(name):
+    """Whole images drop out of a branch: with the same random numbers the same ones in both."""
+    kwargs = {**TINY[name], "drop_path_rate": 0.5}
+    spark, _ = pair(name, 96, kwargs=TINY[name], width=64, drop_path_rate=0.5)
+    _, sim = pair(name, 96, kwargs=kwargs, width=64)
+    images, active = torch.randn(4, 3, 96, 96), random_mask(4, (3, 3), 4)
+    torch.manual_seed(5)
+    truth = outcome(sim, images, active, torch.float64)
+    torch.manual_seed(5)
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+    assert outcome(spark, images, active, torch.float64)[0] != pytest.approx(truth[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_atto"])
+def test_activation_checkpointing(name):
+    """Recomputing the stages in the backward pass changes no gradient."""
+    spark, sim = pair(name, 96, kwargs=TINY[name], width=64)
+    spark.encoder.model.set_grad_checkpointing(True)
+    images, active = torch.randn(2, 3, 96, 96), random_mask(2, (3, 3), 4)
+    truth = outcome(sim, images, active, torch.float64)
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "convnext_tiny", "convnext_atto"])
+@pytest.mark.parametrize("layout", ["channels last", "transposed", "every second pixel", "expanded"])
+def test_memory_layouts(name, layout):
+    """Images and weights of any strides give what contiguous ones give."""
+    spark, sim = pair(name, 96, kwargs=TINY[name], width=64)
+    active = random_mask(2, (3, 3), 4)
+    images = {
+        "channels last": torch.randn(2, 3, 96, 96).contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(96, 96, 3, 2).permute(3, 2, 1, 0),
+        "every second pixel": torch.randn(2, 5, 192, 192)[:, 1:4, ::2, 1::2],
+        "expanded": torch.randn(2, 1, 96, 96).expand(2, 3, 96, 96),
+    }[layout]
+    truth = outcome(sim, images.contiguous(), active, torch.float64)
+    if layout == "channels last":
+        spark.to(memory_format=torch.channels_last)
+    assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "convnext_tiny"])
+def test_eval_mode(name):
+    spark, sim = pair(name, 96, kwargs=TINY[name], width=64)
+    images, active = torch.randn(2, 3, 96, 96).double(), random_mask(2, (3, 3), 4)
+    spark.double().eval(), sim.double().eval()
+    with torch.no_grad():
+        assert float(spark(images, active)) == pytest.approx(float(sim(images, active)), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "convnext_tiny"])
+@pytest.mark.parametrize("training", [True, False])
+def test_reconstruct(name, training):
+    spark, sim = pair(name, (96, 64), kwargs=TINY[name], width=64)
+    images, active = 5 * torch.rand(2, 3, 96, 64).double(), random_mask(2, (3, 2), 2)
+    spark.double().train(training), sim.double()
+    before = {n: v.clone() for n, v in spark.state_dict().items()}
+    result = spark.reconstruct(images, active)
+    assert gap(result, sim.reconstruct(images, active)) < 1e-9
+    assert spark.training is training and not result.requires_grad
+    assert all(torch.equal(v, before[n]) for n, v in spark.state_dict().items())
+    visible = active.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None].expand_as(images)
+    assert torch.equal(result[visible], images[visible])
+
+
+def test_a_fresh_net_starts_near_one():
+    torch.manual_seed(0)
+    loss = sf.SparK("resnet26", 96, model_kwargs=TINY["resnet26"], decoder_width=64)(torch.randn(4, 3, 96, 96))
+    assert 0.8 < float(loss.detach()) < 1.5
+
+
+def test_the_mask_is_drawn_from_the_global_generator():
+    spark, _ = pair("resnet18", 96, kwargs=TINY["resnet18"], width=64)
+    images = torch.randn(2, 3, 96, 96)
+    torch.manual_seed(3)
+    first = spark(images)
+    torch.manual_seed(3)
+    active = spark.random_mask(2)
+    assert active.shape == (2, 3, 3) and active.dtype == torch.bool
+    assert (active.sum((1, 2)) == spark.len_keep).all() and spark.len_keep == 4
+    assert torch.equal(first, spark(images, active))
+    assert not torch.equal(first, spark(images))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"img_size": 100}, "img_size"),
+        ({"img_size": (96, 100)}, "img_size"),
+        ({"img_size": 96, "patch_size": 16}, "patch_size"),
+        ({"img_size": 96, "patch_size": 48}, "patch_size"),
+        ({"img_size": 96, "patch_size": 64}, "patch_size"),
+        ({"img_size": 96, "mask_ratio": 1.0}, "mask_ratio"),
+        ({"img_size": 96, "mask_ratio": -0.1}, "mask_ratio"),
+        ({"img_size": 96, "stages": 0}, "stages"),
+        ({"img_size": 96, "stages": 9}, "stages"),
+        ({"img_size": 96, "decoder_width": 33}, "decoder_width"),
+        ({"img_size": 96, "densify_norm": "gn"}, "densify_norm"),
+        ({"img_size": 96, "model": "no_such_net"}, "no_such_net"),
+    ],
+    ids=str,
+)
+def test_bad_settings(options, word):
+    arguments = {"model": "resnet18", "model_kwargs": TINY["resnet18"], **options}
+    with pytest.raises((ValueError, TypeError), match=word):
+        sf.SparK(**arguments)
+
+
+IMAGES, ACTIVE = torch.zeros(2, 3, 96, 96), torch.eye(3, dtype=torch.bool).expand(2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "active", "word"),
+    [
+        (torch.zeros(2, 4, 96, 96), ACTIVE, "images"),
+        (torch.zeros(2, 3, 96, 64), ACTIVE, "images"),
+        (torch.zeros(2, 3, 100, 96), ACTIVE, "images"),
+        (torch.zeros(3, 96, 96), ACTIVE, "images"),
+        (torch.zeros(2, 3, 96, 96, dtype=torch.uint8), ACTIVE, "images"),
+        ([[0.0]], ACTIVE, "images"),
+        (IMAGES, ACTIVE[:, None], "active"),
+        (IMAGES, ACTIVE[:1], "active"),
+        (IMAGES, ACTIVE[:, :2], "active"),
+        (IMAGES, ACTIVE.float(), "active"),
+        (IMAGES, ACTIVE.int(), "active"),
+        (IMAGES, ACTIVE.to("meta"), "active"),
+        (IMAGES, ACTIVE.tolist(), "active"),
+    ],
+    ids=lambda v: f"{v.dtype}{tuple(v.shape)}{v.device}" if isinstance(v, Tensor) else type(v).__name__,
+)
+@pytest.mark.parametrize("call", ["forward", "reconstruct"])
+def test_bad_inputs(images, active, word, call):
+    spark = sf.SparK("resnet18", 96, model_kwargs=TINY["resnet18"], decoder_width=32)
+    with pytest.raises((ValueError, TypeError), match=word):
+        getattr(spark, call)(images, active)
+
+
+def test_nothing_to_predict_is_refused_or_zero():
+    """With every patch visible the loss has no terms: a mean over nothing must not come back as NaN."""
+    spark = sf.SparK("resnet18", 96, model_kwargs=TINY["resnet18"], decoder_width=32)
+    try:
+        loss = spark(IMAGES, torch.ones(2, 3, 3, dtype=torch.bool))
+    except ValueError as error:
+        assert "active" in str(error)
+    else:
+        assert float(loss.detach()) == 0
