@@ -1,7 +1,7 @@
 """Pre-train a small ResNet on four photographs, in about three minutes on two CPU cores, and look at what it learned.
 
-Run it with `make demo`. The photographs come with scikit-image; nothing is downloaded. Four photographs are far too few to
-learn anything useful: the point is to see every part at work.
+Run it with `make demo`. The photographs come with scikit-image; nothing is downloaded. Four photographs are far too few
+to learn anything useful: the point is to see every part at work.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(out: Path = Path("runs/demo"), epochs: int = 25) -> int:
         opt="adamw",
         lr=3e-3,
         betas=(0.9, 0.95),
-        workers=1,
+        workers=0,
         log_every=20,
     )
     try:
@@ -65,7 +65,7 @@ def main(out: Path = Path("runs/demo"), epochs: int = 25) -> int:
         return 130
     model, _ = model_from_checkpoint(result.checkpoint)
     draw(model, config, out)
-    print(f"reconstructions      {out / 'reconstructions.png'}")
+    print(f"reconstructions      {out / 'reconstructions.png'}  (each filled patch keeps its true mean and contrast)")
     print(f"loss curve           {result.loss_curve}  (from about 1.0 to {result.final_loss:.3f})")
     print(f"backbone for timm    {result.backbone}")
     timm.create_model(MODEL, num_classes=0, checkpoint_path=str(result.backbone))

@@ -64,6 +64,8 @@ def apply(func: Callable, args: tuple, kwargs: dict):
 
 
 def _name(func: Callable) -> str:
+    if "<locals>" in getattr(func, "__qualname__", ""):  # F.adaptive_max_pool2d and its like are closures
+        return next((name for name, value in vars(F).items() if value is func), func.__name__)
     return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
 
 

@@ -117,6 +117,8 @@ class SparseTensor:
     def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.features.new_tensor(*args, **kwargs)
 
+    __hash__ = object.__hash__  # by identity; == is an operation on values, which has no sparse rule
+
     def __len__(self) -> int:
         return self.patches.batch
 
@@ -154,9 +156,9 @@ def _operator(name: str):
 # Python looks operators up on the class, so that __getattr__ does not see them.
 _OPERATORS = (
     "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__",
-    "__truediv__", "__rtruediv__", "__itruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "__lt__", "__le__",
-    "__gt__", "__ge__", "__getitem__", "__setitem__", "__matmul__", "__floordiv__", "__mod__", "__bool__",
-    "__float__", "__int__", "__iter__",
+    "__truediv__", "__rtruediv__", "__itruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "__eq__", "__ne__",
+    "__lt__", "__le__", "__gt__", "__ge__", "__getitem__", "__setitem__", "__matmul__", "__floordiv__", "__mod__",
+    "__bool__", "__float__", "__int__", "__iter__",
 )  # fmt: skip
 for _name in _OPERATORS:
     setattr(SparseTensor, _name, _operator(_name))

@@ -59,49 +59,81 @@ def gradient_errors(ours, truth) -> dict[str, float]:
     return {n: gap(g, truth[1][n], floor) for n, g in ours[1].items() if n in truth[1]}
 
 
+class Gate(nn.Module):
+    """ReLU or ReLU6 with its decisions given: which pixels pass, and which are cut off at 6."""
+
+    def __init__(self, passes: Tensor, saturated: Tensor | None):
+        super().__init__()
+        self.passes, self.saturated = passes, saturated
+
+    def forward(self, x):
+        y = x * self.passes.to(x.dtype)
+        return y if self.saturated is None else y + 6 * self.saturated.to(x.dtype)
+
+
+def noting_decisions(model: nn.Module) -> tuple[dict[str, Gate], list]:
+    """Fills the dict with what every ReLU of `model` decides in its next forward pass; and the hooks to remove."""
+    gates: dict[str, Gate] = {}
+
+    def note(layer: nn.Module, args: tuple, name: str) -> None:
+        x, six = args[0].detach(), isinstance(layer, nn.ReLU6)
+        gates[name] = Gate((x > 0) & (x < 6) if six else x > 0, x >= 6 if six else None)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: note(m, args, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.ReLU | nn.ReLU6)
+    ]
+    return gates, hooks
+
+
+def with_gates(model: nn.Module, gates: dict[str, Gate]) -> nn.Module:
+    model = copy.deepcopy(model)
+    for name, gate in gates.items():
+        assert isinstance(model.get_submodule(name), nn.ReLU | nn.ReLU6)
+        model.set_submodule(name, gate)
+    return model
+
+
 @pytest.fixture(scope="module", params=["resnet50", "convnext_tiny"])
 def full_size(request):
-    """Outcomes of the real nets at 224 px, batch 4: the simulation's in float64 and float32, and ours."""
+    """The real nets at 224 px, batch 4: ours, the simulation, its float64 outcome, and its ReLUs' decisions in that."""
     spark, sim = pair(request.param)
     images, active = torch.randn(4, 3, 224, 224), random_mask(4, (7, 7), 20)
+    gates, hooks = noting_decisions(sim)
     truth = outcome(sim, images, active, torch.float64)
-    return spark, images, active, truth, outcome(sim, images, active, torch.float32)
+    for hook in hooks:
+        hook.remove()
+    return spark, sim, images, active, truth, gates
 
 
 @pytest.mark.slow
 def test_full_size_float64(full_size):
-    spark, images, active, truth, _ = full_size
+    spark, _, images, active, truth, _ = full_size
     assert_same(outcome(spark, images, active, torch.float64), truth, 1e-9)
 
 
 @pytest.mark.slow
 def test_full_size_float32(full_size):
-    """The loss to 1e-5. Gradients jump where a rounding error carries a pixel over a ReLU's kink, in the simulation
-    too: its float32 gradients are off its float64 ones by up to 1e-2, and by twice more or less with other roundings.
-    Four times its error is allowed here; the test on smooth nets below has the sharp bound."""
-    spark, images, active, truth, simulated = full_size
-    ours = outcome(spark, images, active, torch.float32)
+    """Loss and running statistics of the nets as they are."""
+    spark, sim, images, active, truth, _ = full_size
+    ours, simulated = (outcome(model, images, active, torch.float32) for model in (spark, sim))
     assert ours[0] == pytest.approx(truth[0], rel=1e-5)
-    error, noise = (gradient_errors(part, truth) for part in (ours, simulated))
-    typical = statistics.median(noise.values())
-    excess = {n: (e, noise[n]) for n, e in error.items() if not e <= 4 * max(noise[n], typical) + 1e-4}
-    assert not excess
     for name, value in ours[2].items():
         assert gap(value, truth[2][name]) <= 2 * gap(simulated[2][name], truth[2][name]) + 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
-def test_full_size_float32_without_kinks(name):
-    """The same nets with GELU in place of ReLU: no gradient is off by more than twice the simulation's error + 1e-4."""
-    spark, sim = pair(name, kwargs={"act_layer": "gelu"} if name == "resnet50" else {})
-    for model in (spark, sim):
-        for block in model.decoder.dec:
-            block.conv[2] = nn.GELU()
-    images, active = torch.randn(2, 3, 224, 224), random_mask(2, (7, 7), 20)
-    truth = outcome(sim, images, active, torch.float64)
-    ours, simulated = (outcome(model, images, active, torch.float32) for model in (spark, sim))
-    assert ours[0] == pytest.approx(truth[0], rel=1e-6)
+def test_full_size_float32_gradients(full_size):
+    """No gradient is off by more than twice the simulation's own float32 error + 1e-4, ReLUs deciding as in float64.
+
+    Left to decide for themselves, ReLUs flip where rounding carries a pixel over the kink. Each flip is a jump in the
+    gradient: the simulation's float32 gradients are then off its own float64 ones by 1e-2, by chance, and a bound
+    derived from that would hide real errors. With the decisions given, the same nets agree to 1e-4.
+    """
+    spark, sim, images, active, truth, gates = full_size
+    assert len(gates) in (5 + 49, 5)  # one in each block of the decoder, and those of ResNet-50
+    ours, simulated = (outcome(with_gates(m, gates), images, active, torch.float32) for m in (spark, sim))
     error, noise = (gradient_errors(part, truth) for part in (ours, simulated))
     assert statistics.median(noise.values()) < 1e-4  # or the bound would say little
     excess = {n: (e, noise[n]) for n, e in error.items() if not e <= 2 * noise[n] + 1e-4}

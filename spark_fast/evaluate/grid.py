@@ -30,6 +30,8 @@ def reconstruction_grid(
 ) -> Image.Image:
     """One row per image: original, masked, reconstructed.
 
+    The network predicts the pattern inside a patch; its mean and contrast are the true ones (see SparK.reconstruct).
+
     images: normalised float32 (B, C, H, W); active: bool (B, gh, gw), True = seen, None draws a mask; mean, std: C
     values each that the images were normalised with; names: a caption per row. C of 1, 3 and 4 are shown as grey and
     RGB, of any other number the first channel as grey. ValueError if there is no image or the names do not match.

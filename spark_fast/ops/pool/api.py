@@ -65,7 +65,7 @@ def avg_pool2d(
     rows = features.float() if half else features  # the sum may not fit the smaller type
     ones = rows.new_ones(rows.shape[1], 1, *window.kernel)
     total = depthwise_conv2d(rows, ones, None, geometry)
-    mean = total / (divisor_override or _divisor(geometry, count_include_pad).to(total.dtype))
+    mean = total / (divisor_override or _divisor(geometry, count_include_pad))
     return mean.to(features.dtype), geometry.side_out
 
 
@@ -78,21 +78,20 @@ def _window(op: str, kernel_size, stride, padding, dilation) -> Window:
     return window
 
 
-def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor:
-    """Elements in each output row's window: (rows_out, 1), or a scalar where all are equal."""
+def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor | int:
+    """Elements in each output row's window: (rows_out, 1), or a number where all are equal."""
     lengths = []
     for axis in (0, 1):
-        size, out = geometry.size_in[axis], geometry.size_out[axis]
-        kernel, padding = geometry.window.kernel[axis], geometry.window.padding[axis]
-        begin = torch.arange(out) * geometry.window.stride[axis] - padding
-        end = (begin + kernel).clamp(max=size + padding)
-        if not count_include_pad:
-            begin, end = begin.clamp(min=0), end.clamp(max=size)
-        lengths.append(end - begin)
-    if all(length.min() == length.max() for length in lengths):
+        size, kernel = geometry.size_in[axis], geometry.window.kernel[axis]
+        padding, stride = geometry.window.padding[axis], geometry.window.stride[axis]
+        low, high = (-padding, size + padding) if count_include_pad else (0, size)
+        starts = [o * stride - padding for o in range(geometry.size_out[axis])]
+        lengths.append([min(s + kernel, size + padding, high) - max(s, low) for s in starts])
+    if all(min(length) == max(length) for length in lengths):
         return lengths[0][0] * lengths[1][0]
+    vertical, horizontal = (torch.tensor(length, device=geometry.patches.device) for length in lengths)
     patches, side = geometry.patches, geometry.side_out
-    area = (lengths[0][:, None] * lengths[1]).to(patches.device)  # (H_out, W_out)
+    area = vertical[:, None] * horizontal  # (H_out, W_out)
     by_patch = area.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)  # (gh, gw, side, side)
     return by_patch[patches.index[1], patches.index[2]].reshape(-1, 1)
 
