@@ -187,7 +187,7 @@ void conv_gather_gemm(const Geometry& g, const ConvShape& s, const T* source, co
         tile_of<T>(m, a, depth, b, out);
       }
     };
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < panels.total / together * blocks; ++item) {
       const int64_t first = item / blocks * together;
       const int64_t begin = item % blocks * kBlockRows, count = std::min(rows - begin, kBlockRows);
@@ -233,7 +233,7 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
     const T* row[kPairChunk];
     const T* a[kPairChunk];
     const T* b[kPairChunk];
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < panels.total * items; ++item) {
       const int64_t panel = item / items, tap = item % items * taps;
       const int64_t group = panels.group(panel), used = panels.used(panel);

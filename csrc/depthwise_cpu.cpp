@@ -77,7 +77,7 @@ void depthwise_gather(const Geometry& g, int64_t channels, const T* source, cons
 #pragma omp parallel num_threads(threads)
   {
     Neighbours near(g.taps());
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * kBlockRows, end = std::min(rows, begin + kBlockRows);
       near.find(g, begin, end);
@@ -107,7 +107,7 @@ void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source,
   {
     Neighbours near(taps);
     std::vector<T> sum(taps * kChannels);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = part * kChannels, width = std::min(kChannels, channels - first);
       std::fill(sum.begin(), sum.end(), T(0));

@@ -131,6 +131,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume(settings: dict, command_line: Callable) -> None:
     """Killed without warning after its first checkpoint: the rest is done again, nothing is doubled."""
     settings = {**settings, "epochs": 40, "checkpoint_every": 2, "log_every": 1, "workers": 1}
@@ -147,6 +148,7 @@ def test_kill_9_and_resume(settings: dict, command_line: Callable) -> None:
     assert_same_run(whole, out)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_group_saves_and_exits_with_130(settings: dict, command_line: Callable) -> None:
     """As a batch system does it: reader processes get the signal too."""
     settings = {**settings, "epochs": 1000, "log_every": 1, "workers": 2}
