@@ -18,7 +18,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/cpu.json
+	$(BIN)/python bench/report.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
