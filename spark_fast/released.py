@@ -8,7 +8,6 @@ use timm's key names, their ConvNeXts those of the original ConvNeXt repository.
 import os
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from timm.models.convnext import checkpoint_filter_fn as rename_convnext_to_timm
 from torch import Tensor
 
+from spark_fast.files import write_atomically
 from spark_fast.spark import SparK
 
 # released name -> ours; the backbone's part of a key is renamed separately
@@ -231,7 +231,7 @@ def save_released(model: SparK, path: str | os.PathLike[str], epoch: int = 0) ->
         "module": state, "arch": arch, "input_size": size, "epoch": epoch, "optimizer": {}, "performance_desc": "",
         "is_pretrain": True, "args": "",
     }  # fmt: skip
-    _write(content, Path(path))
+    write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
 def _released_names(model: SparK) -> dict[str, Any]:
@@ -256,16 +256,3 @@ def _original_convnext_name(key: str) -> str:
     key = re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", key)
     key = re.sub(r"^stages\.(\d+)\.blocks\.", r"stages.\1.", key)
     return key.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc", ".pwconv")
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spark_fast.train.checkpoint import load_checkpoint, write_text
+from spark_fast.files import write_text
+from spark_fast.train.checkpoint import load_checkpoint
 from spark_fast.train.config import PretrainConfig
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from spark_fast.files import write_atomically, write_text
 from spark_fast.train.checkpoint import (
     build_model,
     export_backbone,
@@ -21,8 +22,6 @@ from spark_fast.train.checkpoint import (
     load_weights,
     model_from_checkpoint,
     save_checkpoint,
-    write_atomically,
-    write_text,
 )
 from spark_fast.train.config import PretrainConfig
 
