@@ -35,7 +35,7 @@ class ActivePatches:
                 f"active must be (batch, grid rows, grid columns); got shape {tuple(active.shape)}. "
                 "For (B, 1, gh, gw) use active.squeeze(1)"
             )
-        self.active = active.contiguous()
+        self.active = active.clone(memory_format=torch.contiguous_format)  # the caller may go on changing its own
         flat = self.active.flatten(1)  # (B, L)
         if per_image is None:
             counts = flat.sum(1).tolist()

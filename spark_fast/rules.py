@@ -85,7 +85,7 @@ _UNARY = (
     "relu relu_ relu6 gelu silu mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardsigmoid leaky_relu "
     "leaky_relu_ elu elu_ celu selu selu_ softplus softsign logsigmoid hardshrink softshrink tanhshrink threshold "
     "threshold_ clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip abs abs_ neg neg_ exp log sqrt rsqrt "
-    "square erf sin cos reciprocal sign pow pow_ float half double bfloat16 type_as detach clone dropout dropout_ "
+    "square erf sin cos reciprocal sign pow pow_ float half double bfloat16 detach clone dropout dropout_ "
     "alpha_dropout rrelu nan_to_num round floor ceil zero_ fill_ zeros_like ones_like"
 )
 _BINARY = (
@@ -102,11 +102,20 @@ LOCAL = frozenset(
 
 def _pointwise(func: Callable, args: tuple, kwargs: dict) -> SparseTensor:
     like = _common(func, args + tuple(kwargs.values()))
+    if "out" in kwargs or (_in_place(func) and not isinstance(args[0], SparseTensor)):
+        raise SparseOpError(
+            f"{_name(func)}{_where()} would write a sparse result into a dense tensor; write x.to_dense() into it"
+        )
     rows = [_rows_of(a, like) for a in args]
     out = func(*rows, **{name: _rows_of(a, like) for name, a in kwargs.items()})
     if isinstance(args[0], SparseTensor) and out is args[0].features:
         return args[0]  # in place
     return like.with_features(out)
+
+
+def _in_place(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in ("__iadd__", "__isub__", "__imul__", "__itruediv__") or (name[-1:] == "_" and name[-2:] != "__")
 
 
 def _common(func: Callable, values: tuple) -> SparseTensor:
@@ -293,9 +302,20 @@ def _permute(input, *dims):
     return SparseTensor(input.features, input.patches, input.side, not input.channels_last)
 
 
-@rule(torch.Tensor.contiguous, torch.Tensor.requires_grad_)
-def _same(input, *args, **kwargs):
+@rule(torch.Tensor.contiguous)
+def _contiguous(input, *args, **kwargs):
     return input
+
+
+@rule(torch.Tensor.requires_grad_)
+def _requires_grad_(input, requires_grad=True):
+    input.features.requires_grad_(requires_grad)
+    return input
+
+
+@rule(torch.Tensor.type_as)
+def _type_as(input, other):
+    return input.to(other.dtype)
 
 
 @rule(torch.Tensor.to)
@@ -309,10 +329,11 @@ def _to(input, *args, **kwargs):
 def _image_sum(x: SparseTensor) -> tuple[torch.Tensor, torch.Tensor | int]:
     """Sum over each image's active pixels (B, C), and their number (B, 1) or one for all."""
     patches, area = x.patches, x.side**2
+    rows = x.features.to(torch.promote_types(x.dtype, torch.float32))  # a sum may not fit the smaller type
     if patches.per_image is not None:
-        return x.features.view(patches.batch, -1, x.features.shape[1]).sum(1), max(patches.per_image * area, 1)
-    image = patches.index[0].repeat_interleave(area, output_size=x.features.shape[0])
-    total = x.features.new_zeros(patches.batch, x.features.shape[1]).index_add(0, image, x.features)
+        return rows.view(patches.batch, -1, rows.shape[1]).sum(1), max(patches.per_image * area, 1)
+    image = patches.index[0].repeat_interleave(area, output_size=rows.shape[0])
+    total = rows.new_zeros(patches.batch, rows.shape[1]).index_add(0, image, rows)
     return total, (patches.active.flatten(1).sum(1, keepdim=True) * area).clamp(min=1)
 
 
@@ -324,7 +345,7 @@ def _mean(input, dim=None, keepdim=False, *, dtype=None):
     if tuple(sorted(d % 4 for d in dims)) != space:
         raise SparseOpError(f"mean{_where()}: only over both dimensions of space, {space}; got dim={dim}")
     total, count = _image_sum(input if dtype is None else input.to(dtype))
-    mean = total / count
+    mean = (total / count).to(dtype or input.dtype)
     if not keepdim:
         return mean
     return mean[:, None, None] if input.channels_last else mean[..., None, None]

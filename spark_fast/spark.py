@@ -81,7 +81,7 @@ class SparK(nn.Module):
         """The reconstruction loss over the masked patches, a scalar.
 
         Args:
-            images: (B, in_chans, height, width), normalised, any floating dtype.
+            images: (B, in_chans, height, width), normalised, the parameters' dtype (any floating one under autocast).
             active: bool (B, gh, gw), True = visible; by default drawn at random.
 
         Raises:

@@ -46,6 +46,13 @@ def test_bad_masks_are_named():
         sf.ActivePatches(UNEQUAL[:, None])
 
 
+def test_the_caller_may_change_its_mask():
+    mask = UNEQUAL.clone()
+    patches = sf.ActivePatches(mask)
+    mask.logical_not_()
+    assert torch.equal(patches.active, UNEQUAL)
+
+
 def test_empty_batch():
     patches = sf.ActivePatches(torch.zeros(0, 2, 2, dtype=torch.bool))
     assert patches.count == 0 and sf.SparseTensor.from_dense(torch.zeros(0, 3, 4, 4), patches).shape == (0, 3, 4, 4)

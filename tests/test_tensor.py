@@ -140,6 +140,46 @@ def test_the_refusal_names_operation_module_and_way_out(pair):
         torch.nn.GroupNorm(2, 6)(pair[0])
 
 
+@pytest.mark.parametrize(
+    "write", [lambda z, x: z.add_(x), lambda z, x: torch.add(x, 1.0, out=z), lambda z, x: z.__imul__(x)]
+)
+def test_writing_into_a_dense_tensor_is_refused(write, pair):
+    x, dense = pair
+    with pytest.raises(sf.SparseOpError, match="dense tensor"):
+        write(torch.ones_like(dense), x)
+
+
+def test_half_precision_means_do_not_overflow():
+    for active in (torch.ones(1, 1, 5), torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])):
+        patches = sf.ActivePatches(active.bool())
+        x = sf.SparseTensor(torch.full((patches.rows(28), 2), 60.0, dtype=torch.float16), patches, 28)
+        mean = x.mean((2, 3))
+        assert mean.dtype == torch.float16 and torch.equal(mean, torch.full_like(mean, 60.0))
+
+
+def test_gradients_can_be_asked_of_a_sparse_tensor(pair):
+    x, _ = pair
+    assert x.requires_grad_() is x and x.requires_grad
+    (x * 2).features.sum().backward()
+    assert torch.equal(x.features.grad, torch.full_like(x.features, 2.0))
+
+
+def test_type_as_works_both_ways(pair):
+    x, dense = pair
+    assert x.type_as(dense.double()).dtype == torch.float64
+    double = dense.double().type_as(x)
+    assert isinstance(double, torch.Tensor) and double.dtype == torch.float32
+
+
+def test_fake_tensors_are_refused_and_leave_no_trace(pair):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, dense = pair
+    with FakeTensorMode() as mode, pytest.raises((TypeError, RuntimeError)):
+        F.max_pool2d(sf.SparseTensor(mode.from_tensor(x.features), x.patches, x.side), 2)
+    torch.testing.assert_close(F.max_pool2d(x, 2).to_dense(), F.max_pool2d(dense, 2) * mask_of(F.max_pool2d(x, 2)))
+
+
 def test_mismatched_operands_are_named(pair):
     x, _ = pair
     other = sf.SparseTensor(x.features, sf.ActivePatches(x.patches.active), 2)

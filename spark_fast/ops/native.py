@@ -31,7 +31,7 @@ def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, 
     output's; transposed they are the input's."""
     patches = geometry.patches
     tables = geometry.axis_tables(transposed)
-    y_grid, y_in, x_grid, x_in = (t.data_ptr() for t in tables)
+    y_grid, y_in, x_grid, x_in = (t.ctypes.data for t in tables)
     side_query, side_source = geometry.side_out, geometry.side_in
     if transposed:
         side_query, side_source = side_source, side_query
@@ -44,7 +44,14 @@ def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, 
 
 
 def computing(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors contiguous and in the kernels' type: double stays, everything else is float32."""
+    """The tensors contiguous and in the kernels' type: double stays, everything else is float32.
+
+    Raises:
+        TypeError: a tensor subclass, such as a FakeTensor, which has no memory that a kernel could read.
+    """
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(f"the compiled CPU kernels need plain tensors; got {type(tensor).__name__}")
     first = next(t for t in tensors if t is not None)
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     return tuple(None if t is None else t.to(dtype).contiguous() for t in tensors)

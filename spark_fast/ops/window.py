@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 
 from spark_fast.patches import ActivePatches
@@ -61,7 +62,7 @@ class Window:
 @lru_cache(maxsize=4096)
 def axis_table(
     window: Window, axis: int, in_length: int, out_length: int, side: int, transposed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[np.ndarray, np.ndarray]:
     """For one axis: the source coordinate of each (tap, query coordinate), split into patch and offset in the patch.
 
     Forward, the query is an output coordinate and the source an input coordinate. Transposed, the query is an input
@@ -71,16 +72,19 @@ def axis_table(
         int32 (kernel, query length) twice: grid coordinate, OUTSIDE where there is none; and offset in the patch.
     """
     stride, padding, dilation = window.stride[axis], window.padding[axis], window.dilation[axis]
-    tap = torch.arange(window.kernel[axis])[:, None] * dilation  # (k, 1)
+    tap = np.arange(window.kernel[axis])[:, None] * dilation  # (k, 1)
     if transposed:
-        scaled = torch.arange(in_length)[None] + padding - tap
+        scaled = np.arange(in_length)[None] + padding - tap
         source, exists = scaled // stride, scaled % stride == 0
         exists &= (source >= 0) & (source < out_length)
     else:
-        source = torch.arange(out_length)[None] * stride - padding + tap
+        source = np.arange(out_length)[None] * stride - padding + tap
         exists = (source >= 0) & (source < in_length)
-    grid = torch.where(exists, source // side, OUTSIDE).to(torch.int32)
-    return grid.contiguous(), torch.where(exists, source % side, 0).to(torch.int32).contiguous()
+    grid, offset = np.where(exists, source // side, OUTSIDE), np.where(exists, source % side, 0)
+    tables = grid.astype(np.int32), offset.astype(np.int32)
+    for table in tables:
+        table.flags.writeable = False  # the cache hands the same arrays to everyone
+    return tables
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,8 @@ class Geometry:
         """Output rows are the input rows: a 1x1 kernel with nothing to move."""
         return self.window == Window((1, 1), dilation=self.window.dilation)
 
-    def axis_tables(self, transposed: bool = False) -> tuple[torch.Tensor, ...]:
-        """(row grid, row offset, column grid, column offset), see `axis_table`; on the CPU."""
+    def axis_tables(self, transposed: bool = False) -> tuple[np.ndarray, ...]:
+        """(row grid, row offset, column grid, column offset), see `axis_table`."""
         side = self.side_out if transposed else self.side_in
         (height_in, width_in), (height_out, width_out) = self.size_in, self.size_out
         vertical = axis_table(self.window, 0, height_in, height_out, side, transposed)
@@ -153,7 +157,9 @@ class Geometry:
         y = (row * side + inside[None, :, None]).expand(-1, -1, side).flatten()  # (N,)
         x = (col * side + inside[None, None, :]).expand(-1, side, -1).flatten()
         image = image.expand(-1, side, side).flatten()
-        y_grid, y_in, x_grid, x_in = (t.to(patches.device).long() for t in self.axis_tables())
+        y_grid, y_in, x_grid, x_in = (
+            torch.from_numpy(table.astype(np.int64)).to(patches.device) for table in self.axis_tables()
+        )
         kh, kw = self.window.kernel
         y_grid, y_in = (t[:, y].repeat_interleave(kw, 0) for t in (y_grid, y_in))  # (taps, N)
         x_grid, x_in = (t[:, x].repeat(kh, 1) for t in (x_grid, x_in))

@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig | None = None, **settings: Any) -> PretrainR
     pictures, _ = load_pictures(config, files, PICTURES)
     if config.threads:
         torch.set_num_threads(config.threads)
-    state = _make_state(config, device)
+    state = _make_state(config, device, fresh=content is None)
     if content:
         state.load(content, folder.checkpoint)
     else:
@@ -144,10 +144,10 @@ def _open(config: PretrainConfig, folder: RunFolder) -> tuple[dict[str, Any] | N
     return content, folder.stored_files() or list_images(config.data)
 
 
-def _make_state(config: PretrainConfig, device: torch.device) -> State:
+def _make_state(config: PretrainConfig, device: torch.device, fresh: bool) -> State:
     torch.manual_seed(derive_seed(config.seed, INIT))
     model = build_model(config)
-    if config.initial_checkpoint and not config.resume:
+    if config.initial_checkpoint and fresh:
         load_backbone(model, config.initial_checkpoint)
     model.to(device).train()
     return State(

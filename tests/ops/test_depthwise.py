@@ -53,6 +53,13 @@ def test_every_instruction_set(name, some_patches, instruction_set):
     check(name, torch.float32, some_patches)
 
 
+def test_non_contiguous_weights_are_not_misread(some_patches):
+    geometry = Geometry.of(some_patches, 4, Window((3, 3), padding=(1, 1)))
+    x, weight = torch.randn(geometry.rows_in, 5), torch.randn(5, 1, 3, 3)
+    ours = depthwise_conv2d(x, weight.mT, None, geometry)
+    assert torch.equal(ours, depthwise_conv2d(x, weight.mT.contiguous(), None, geometry))
+
+
 @pytest.mark.parametrize("name", ["3x3 stride 2", "5x5 dilated"])
 def test_gradcheck(name, some_patches):
     _, window, side = SHAPES[name]

@@ -31,7 +31,7 @@ def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
 
 def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch.Tensor:
     dtype, channels = source.dtype, source.shape[1]
-    source, weight, bias = computing(source, weight.view(channels, -1).t(), bias)
+    source, weight, bias = computing(source, weight.reshape(channels, -1).t(), bias)
     out = source.new_empty(geometry.rows_in if transposed else geometry.rows_out, channels)
     args, keep = native.geometry_args(geometry, transposed)
     native.module().depthwise_gather(

@@ -36,6 +36,8 @@ def max_pool2d(
     """
     checks.check_rows("max_pool2d", features, patches, side)
     window = _window("max_pool2d", kernel_size, stride, padding, dilation)
+    if window.taps > torch.iinfo(torch.int16).max:
+        raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {window.kernel}")
     geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
     run = backend.select("pool", features.device)
     return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
