@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import nn
 
+from spark_fast.ops.backend import BackendError
 from spark_fast.patches import ActivePatches
+from spark_fast.rules import SparseOpError
 from spark_fast.tensor import SparseTensor
 
 PROBE_SIDE = 128  # pixels; larger than any total stride in use
@@ -55,16 +59,8 @@ class Encoder(nn.Module):
             raise ValueError("model_kwargs and drop_path_rate need a timm model name; set them on your module itself")
         self.model = model
         self.feature_layers = _feature_layers(model, feature_layers)
-        self._check_in_chans(in_chans)
         self.used: list[int] | None = None  # indices of the maps used; None while probing: all
         self._probe(in_chans, stages)
-
-    def _check_in_chans(self, in_chans: int) -> None:
-        first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != in_chans:
-            raise ValueError(
-                f"in_chans={in_chans}, but the first convolution of {self.name} takes {first.in_channels} channels"
-            )
 
     def _probe(self, in_chans: int, stages: int | None) -> None:
         """Finds strides and channels of the maps by running one patch, and chooses the maps to use."""
@@ -76,6 +72,13 @@ class Encoder(nn.Module):
         try:
             with torch.no_grad():
                 maps = self(SparseTensor(rows, ActivePatches(active, per_image=1), PROBE_SIDE))
+        except (SparseOpError, BackendError, TypeError):
+            raise
+        except Exception as error:  # whatever a network that is no plain convnet runs into
+            raise ValueError(
+                f"model {self.name} does not run on masked images of in_chans={in_chans} channels, {PROBE_SIDE}x"
+                f"{PROBE_SIDE} pixels: is it a convolutional network that takes them? ({type(error).__name__}: {error})"
+            ) from error
         finally:
             for module, training in was_training:
                 module.training = training
@@ -103,6 +106,7 @@ class Encoder(nn.Module):
                 )
         return maps
 
+    @torch.compiler.disable  # hooks and an early end: not for a graph
     def feature_maps(self, x: SparseTensor | torch.Tensor) -> list:
         """The feature maps used, finest first, of sparse or of dense images (then the network runs dense)."""
         maps = self._hooked(x) if self.feature_layers else _as_list(self.model(x))
@@ -138,7 +142,7 @@ def _create(name: str, in_chans: int, drop_path_rate: float, kwargs: dict) -> nn
     import timm
 
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name}*")[:5]
+        close = difflib.get_close_matches(name.lower(), timm.list_models(), n=5)
         hint = f" Near it: {', '.join(close)}." if close else ""
         raise ValueError(f"model={name!r} is not a timm model.{hint} `timm.list_models()` lists them")
     settings = {"num_classes": 0, "in_chans": in_chans, **kwargs}
@@ -148,6 +152,9 @@ def _create(name: str, in_chans: int, drop_path_rate: float, kwargs: dict) -> nn
 
 
 def _feature_layers(model: nn.Module, names: list[str] | None) -> list[str] | None:
+    if isinstance(names, str):
+        raise TypeError(f"feature_layers must be a list of names; got {names!r}. Write [{names!r}]")
+    source = "feature_layers" if names is not None else "the layers that the model's feature_info declares"
     if names is None:
         declared = getattr(model, "feature_info", None)
         if not declared:
@@ -158,8 +165,8 @@ def _feature_layers(model: nn.Module, names: list[str] | None) -> list[str] | No
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"feature_layers: {', '.join(unknown) or 'the list is empty'}; name submodules of {type(model).__name__}, "
-            f"such as {', '.join(list(known)[1:6])}"
+            f"{source}: {', '.join(unknown) or 'the list is empty'}. Give feature_layers, names of submodules of "
+            f"{type(model).__name__}, such as {', '.join(list(known)[1:6])}"
         )
     return list(names)
 

@@ -9,9 +9,12 @@ def keep_count(grid: tuple[int, int], mask_ratio: float) -> int:
     """Number of visible patches per image: round(gh * gw * (1 - mask_ratio)).
 
     Raises:
+        TypeError: the ratio is not a number.
         ValueError: the ratio is outside [0, 1), or it leaves no patch of this grid visible.
     """
     gh, gw = grid
+    if isinstance(mask_ratio, bool) or not isinstance(mask_ratio, int | float):
+        raise TypeError(f"mask_ratio must be a number; got {mask_ratio!r}")
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is the masked share of the patches, in [0, 1); got {mask_ratio}")
     if gh < 1 or gw < 1:

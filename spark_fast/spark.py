@@ -61,6 +61,11 @@ class SparK(nn.Module):
         self.patch_size = stride if patch_size is None else patch_size
         self.grid = _grid(self.img_size, self.patch_size, stride)
         self.len_keep = keep_count(self.grid, mask_ratio)
+        if mask_ratio > 0 and self.len_keep == self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"mask_ratio={mask_ratio} hides no patch of a grid of {self.grid[0]}x{self.grid[1]}, so that there is "
+                "nothing to predict: raise mask_ratio, use larger images or a smaller patch_size"
+            )
         self.decoder = Decoder(stride, decoder_width, in_chans)
         # Scale k of the decoder has 1 / 2**k of the total stride; stages are listed from the coarsest.
         self.scales = [(stride // s).bit_length() - 1 for s in reversed(self.encoder.strides)]
@@ -128,6 +133,12 @@ class SparK(nn.Module):
                 f"images must be (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), as this model was made "
                 f"(in_chans, img_size); got {tuple(images.shape)}"
             )
+        dtype = next(self.parameters()).dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"images are {images.dtype}, the model's parameters {dtype}: use images.to({dtype}), model.to("
+                f"{images.dtype}) or torch.autocast"
+            )
         if images.shape[0] == 0:
             raise ValueError("images: the batch is empty")
         if active is None:
@@ -150,7 +161,7 @@ class SparK(nn.Module):
 
 
 def _size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
     if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
         raise ValueError(f"img_size must be a positive integer or (height, width); got {img_size!r}")
     return size

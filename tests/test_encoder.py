@@ -242,3 +242,60 @@ def test_a_swapped_net_is_the_dense_net_on_tensors(name):
     swapped, images = sf.to_sparse(copy.deepcopy(plain)), torch.randn(2, 3, 64, 96).double()
     names, _, _ = maps_of(plain)
     assert all(torch.equal(a, b) for a, b in zip(run(plain, images, names), run(swapped, images, names), strict=True))
+
+
+def test_compiled_equals_plain():
+    torch.manual_seed(0)
+    spark = sf.SparK("resnet10t", img_size=64, decoder_width=32).eval()
+    images = torch.randn(2, 3, 64, 64)
+    active = spark.random_mask(2)
+    compiled = torch.compile(spark, backend="eager")
+    torch.testing.assert_close(compiled(images, active), spark(images, active))
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.MaxPool2d(2)).eval()
+    x = sf.SparseTensor.from_dense(images, sf.ActivePatches(active))
+    torch.testing.assert_close(torch.compile(layer, backend="eager")(x).features, layer(x).features)
+
+
+def test_networks_that_are_no_plain_convnets_are_named():
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not run on masked images"):
+        sf.SparK("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="feature_info declares"):
+        sf.SparK("hrnet_w18_small")
+    with pytest.raises(ValueError, match=r"Near it: .*resnet18"):
+        sf.SparK("ResNet_18")
+
+
+def test_the_first_registered_convolution_need_not_be_the_stem():
+    class Late(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Conv2d(16, 5, 1)
+            self.a, self.b = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Conv2d(8, 16, 2, 2)
+
+        def forward(self, x):
+            a = self.a(x)
+            return [a, self.b(a)]
+
+    assert sf.SparK(Late(), img_size=64, decoder_width=32).encoder.strides == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "word"),
+    [
+        ({"mask_ratio": 0.1}, ValueError, "hides no patch"),
+        ({"mask_ratio": "0.6"}, TypeError, "mask_ratio"),
+        ({"img_size": 64.0}, ValueError, "img_size"),
+        ({"feature_layers": "layer1"}, TypeError, "feature_layers"),
+    ],
+)
+def test_bad_settings_of_users(settings, error, word):
+    with pytest.raises(error, match=word):
+        sf.SparK("resnet10t", **{"img_size": 64, "decoder_width": 32, **settings})
+
+
+def test_images_of_another_dtype_and_raw_masks_are_named():
+    spark = sf.SparK("resnet10t", img_size=64, decoder_width=32)
+    with pytest.raises(TypeError, match=r"images are torch\.float64"):
+        spark(torch.zeros(2, 3, 64, 64, dtype=torch.float64))
+    with pytest.raises(TypeError, match="ActivePatches"):
+        sf.SparseTensor.from_dense(torch.zeros(2, 3, 64, 64), spark.random_mask(2))

@@ -9,8 +9,14 @@ from spark_fast.patches import ActivePatches
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_patches(op: str, patches: ActivePatches) -> None:
+    if not isinstance(patches, ActivePatches):
+        raise TypeError(f"{op}: patches must be ActivePatches(active); got {type(patches).__name__}")
+
+
 def check_rows(op: str, features: torch.Tensor, patches: ActivePatches, side: int) -> None:
     """Raises TypeError or ValueError unless `features` are the rows of `patches` at `side`."""
+    check_patches(op, patches)
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"{op}: features must be a tensor; got {type(features).__name__}")
     if features.dim() != 2 or features.shape[0] != patches.rows(side):

@@ -16,7 +16,10 @@ def unavailable() -> str | None:
     try:
         module()
     except ImportError as error:
-        return f"the compiled module spark_fast._native does not load ({error}); reinstall with `pip install .`"
+        return (
+            f"the compiled module spark_fast._native does not load ({error}); reinstall with `pip install .`. In a "
+            "source checkout, whose folder hides the installed package, use `pip install -e .` or leave the folder"
+        )
     return None
 
 

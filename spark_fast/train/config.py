@@ -60,7 +60,8 @@ class PretrainConfig:
     """Side of a patch in pixels. None: the total stride of the network."""
 
     in_chans: int = 3
-    """Channels of an image: 1 (grey), 3 (RGB) and 4 (RGBA) from any image file; other numbers from .npy files."""
+    """Channels of an image: 1 (grey), 3 (RGB) and 4 (RGBA) from any image file; other numbers from .npy
+    files of shape (H, W, C). Arrays of uint8 and uint16 are scaled to 0..1, others are taken as they are."""
 
     decoder_width: int = 768
     """Channels of the decoder at its coarsest scale; they halve with each finer scale."""

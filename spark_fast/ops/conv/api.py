@@ -11,6 +11,7 @@ from spark_fast.ops.window import Geometry, Window, pair
 from spark_fast.patches import ActivePatches
 
 
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def conv2d(
     features: torch.Tensor,
     weight: torch.Tensor,

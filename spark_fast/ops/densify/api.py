@@ -47,6 +47,7 @@ def scatter_patches(
 
 
 def _check_images(images: torch.Tensor, patches: ActivePatches) -> None:
+    checks.check_patches("gather_patches", patches)
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images must be a tensor; got {type(images).__name__}")
     (gh, gw), shape = patches.grid, tuple(images.shape)

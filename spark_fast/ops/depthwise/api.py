@@ -9,6 +9,7 @@ from spark_fast.ops import backend
 from spark_fast.ops.window import Geometry
 
 
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def depthwise_conv2d(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:

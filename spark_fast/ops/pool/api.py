@@ -11,6 +11,7 @@ from spark_fast.ops.window import Geometry, Window, pair
 from spark_fast.patches import ActivePatches
 
 
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def max_pool2d(
     features: torch.Tensor,
     patches: ActivePatches,
@@ -43,6 +44,7 @@ def max_pool2d(
     return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
 
 
+@torch.compiler.disable
 def avg_pool2d(
     features: torch.Tensor,
     patches: ActivePatches,
