@@ -54,6 +54,7 @@ class ActivePatches:
                 per_image, output_size=active.shape[0] * per_image
             )
         self.per_image = per_image
+        self._complement: ActivePatches | None = None
         self.count = place.shape[0]
         gw = active.shape[2]
         row, col = place // gw, place % gw
@@ -80,9 +81,12 @@ class ActivePatches:
         return self.count * side * side
 
     def complement(self) -> ActivePatches:
-        """The masked patches, as patches."""
-        grid = self.grid[0] * self.grid[1]
-        return ActivePatches(~self.active, None if self.per_image is None else grid - self.per_image)
+        """The masked patches, as patches; made once, since the loss and every stage's mask token ask for them."""
+        if self._complement is None:
+            grid = self.grid[0] * self.grid[1]
+            masked = None if self.per_image is None else grid - self.per_image
+            self._complement = ActivePatches(~self.active, masked)
+        return self._complement
 
     def __repr__(self) -> str:
         kept = "varying counts" if self.per_image is None else f"{self.per_image} per image"
