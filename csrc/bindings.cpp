@@ -76,23 +76,23 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (coords, grid_to_patch, patches, gh, gw, side_query, side_source, kh, kw, y grid, y in, y length, x grid, x in,
-// x length)
+// (coords, patches, query height, width, source height, width, grid_to_patch, gh, gw, kh, kw, y grid, y in, y length,
+// x grid, x in, x length)
 Geometry geometry(const py::tuple& t) {
   const auto number = [&](int i) { return t[i].cast<int64_t>(); };
   const auto table = [&](int i) { return at<const int32_t>(t[i].cast<Address>()); };
-  if (t.size() != 15) throw py::value_error("a geometry has 15 entries");
+  if (t.size() != 17) throw py::value_error("a geometry has 17 entries");
   return {table(0),
-          table(1),
-          number(2),
-          number(3),
-          number(4),
-          number(5),
-          number(6),
+          number(1),
+          {number(2), number(3)},
+          {number(4), number(5)},
+          table(6),
           number(7),
           number(8),
-          {table(9), table(10), number(11)},
-          {table(12), table(13), number(14)}};
+          number(9),
+          number(10),
+          {table(11), table(12), number(13)},
+          {table(14), table(15), number(16)}};
 }
 
 // Runs `call(T{})` with T = float or double, without the interpreter lock.
@@ -105,46 +105,44 @@ void with_type(int64_t element_size, Call call) {
     call(double{});
 }
 
-void conv_gather_gemm(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
-                      int64_t groups, Address source, Address packed, Address bias, Address query, int threads) {
+void conv_gather(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
+                 int64_t groups, Address source, Address weight, bool transposed, Address bias, Address query,
+                 int threads) {
   const Geometry g = geometry(where);
   const ConvShape s{source_channels, query_channels, groups};
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(
-        conv_gather_gemm<T>(g, s, at<const T>(source), at<const T>(packed), at<const T>(bias), at<T>(query), threads));
+    SPARK_DISPATCH(conv_gather<T>(g, s, at<const T>(source), at<const T>(weight), transposed, at<const T>(bias),
+                                  at<T>(query), threads));
   });
 }
 
 void conv_grad_weight(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
-                      int64_t groups, Address source, Address query, Address packed, int threads) {
+                      int64_t groups, Address source, Address grad, Address weight, int threads) {
   const Geometry g = geometry(where);
   const ConvShape s{source_channels, query_channels, groups};
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(conv_grad_weight<T>(g, s, at<const T>(source), at<const T>(query), at<T>(packed), threads));
+    SPARK_DISPATCH(conv_grad_weight<T>(g, s, at<const T>(source), at<const T>(grad), at<T>(weight), threads));
   });
 }
 
-void pack_weight(int64_t element_size, int64_t source_channels, int64_t query_channels, int64_t groups, int64_t taps,
-                 bool transposed, Address weight, Address packed, int threads) {
-  const ConvShape s{source_channels, query_channels, groups};
+void linear_forward(int64_t element_size, int64_t rows, int64_t depth, int64_t width, Address x, Address weight,
+                    bool transposed, Address bias, Address y, int threads) {
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(pack_weight<T>(s, taps, transposed, at<const T>(weight), at<T>(packed), threads));
+    SPARK_DISPATCH(linear_forward<T>(rows, depth, width, at<const T>(x), at<const T>(weight), transposed,
+                                     at<const T>(bias), at<T>(y), threads));
   });
 }
 
-void unpack_weight(int64_t element_size, int64_t source_channels, int64_t query_channels, int64_t groups, int64_t taps,
-                   Address packed, Address weight, int threads) {
-  const ConvShape s{source_channels, query_channels, groups};
+void linear_grad_weight(int64_t element_size, int64_t rows, int64_t depth, int64_t width, Address x, Address grad,
+                        Address weight, int threads) {
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(unpack_weight<T>(s, taps, at<const T>(packed), at<T>(weight), threads));
+    SPARK_DISPATCH(linear_grad_weight<T>(rows, depth, width, at<const T>(x), at<const T>(grad), at<T>(weight), threads));
   });
 }
-
-int64_t panel_columns(int64_t element_size) { SPARK_DISPATCH(panel_columns(element_size)); }
 
 void depthwise_gather(const py::tuple& where, int64_t element_size, int64_t channels, Address source, Address weight,
                       Address bias, Address query, int threads) {
@@ -198,11 +196,10 @@ PYBIND11_MODULE(_native, m) {
     return false;
 #endif
   });
-  m.def("panel_columns", &panel_columns);
-  m.def("conv_gather_gemm", &conv_gather_gemm);
+  m.def("conv_gather", &conv_gather);
   m.def("conv_grad_weight", &conv_grad_weight);
-  m.def("pack_weight", &pack_weight);
-  m.def("unpack_weight", &unpack_weight);
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_grad_weight", &linear_grad_weight);
   m.def("depthwise_gather", &depthwise_gather);
   m.def("depthwise_grad_weight", &depthwise_grad_weight);
   m.def("max_pool_forward", &max_pool_forward);

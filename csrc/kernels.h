@@ -12,24 +12,36 @@ struct ConvShape {
   int64_t groups;
 };
 
+constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolded into one long row
+
 // The same kernels in one namespace per instruction set; see simd.h.
 #define SPARK_DECLARE_KERNELS(ISA)                                                                                    \
   namespace ISA {                                                                                                     \
-  int64_t panel_columns(int64_t element_size);                                                                        \
-  /* query[q] = bias + sum over taps of source[source_row(q, tap)] times the tap's matrix, per group. */              \
-  /* packed: [groups, panels, taps, source channels / groups, panel columns], see pack_weight. */                     \
+  /* query[q] = bias + sum over taps of source[source_row(q, tap)] times the tap's matrix, per group. The weight is */\
+  /* [query channels, source channels / groups, taps]; `transposed`: [source channels, query channels / groups, */    \
+  /* taps], which is the gradient of the input, whose source channels are the convolution's output channels. */       \
   template <typename T>                                                                                               \
-  void conv_gather_gemm(const Geometry&, const ConvShape&, const T* source, const T* packed, const T* bias, T* query, \
-                        int threads);                                                                                 \
-  /* packed[..., k, c] = sum over (source row s, query row q) of the tap of source[s, k] * query[q, c]. */            \
+  void conv_gather(const Geometry&, const ConvShape&, const T* source, const T* weight, bool transposed,              \
+                   const T* bias, T* query, int threads);                                                             \
+  /* weight[o, i, tap] = sum over the pairs (source row s, query row q) of the tap of grad[q, o] * source[s, i]. */   \
   template <typename T>                                                                                               \
-  void conv_grad_weight(const Geometry&, const ConvShape&, const T* source, const T* query, T* packed, int threads);  \
-  /* weight [out channels, in channels / groups, taps] <-> packed; `transposed` packs for the gradient of the */      \
-  /* input, whose source channels are the convolution's output channels. */                                           \
+  void conv_grad_weight(const Geometry&, const ConvShape&, const T* source, const T* grad, T* weight, int threads);   \
+  /* The same two for at most kFewChannels source channels per group, which the former call. */                       \
   template <typename T>                                                                                               \
-  void pack_weight(const ConvShape&, int64_t taps, bool transposed, const T* weight, T* packed, int threads);         \
+  void conv_unfolded(const Geometry&, const ConvShape&, const T* source, const T* weight, const T* bias, T* query,    \
+                     int threads);                                                                                    \
   template <typename T>                                                                                               \
-  void unpack_weight(const ConvShape&, int64_t taps, const T* packed, T* weight, int threads);                        \
+  void conv_unfolded_grad_weight(const Geometry&, const ConvShape&, const T* source, const T* grad, T* weight,        \
+                                 int threads);                                                                        \
+  /* y [rows, width] = x [rows, depth] times the transpose of weight [width, depth], plus bias; `transposed`: times */\
+  /* weight [depth, width]. */                                                                                        \
+  template <typename T>                                                                                               \
+  void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, const T* weight, bool transposed,       \
+                      const T* bias, T* y, int threads);                                                              \
+  /* weight [width, depth] = grad [rows, width] transposed, times x [rows, depth]. */                                 \
+  template <typename T>                                                                                               \
+  void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, const T* grad, T* weight,           \
+                          int threads);                                                                               \
   /* query[q, c] = bias[c] + sum over taps of source[row, c] * weight[tap, c]. */                                     \
   template <typename T>                                                                                               \
   void depthwise_gather(const Geometry&, int64_t channels, const T* source, const T* weight, const T* bias, T* query, \
@@ -48,6 +60,9 @@ struct ConvShape {
   }
 
 SPARK_DECLARE_KERNELS(portable)
+#ifdef SPARK_ISA
+SPARK_DECLARE_KERNELS(SPARK_ISA)
+#endif
 #ifdef SPARK_HAS_AVX2
 SPARK_DECLARE_KERNELS(avx2)
 #endif

@@ -15,16 +15,24 @@ struct Axis {
   int64_t length;       // query coordinates along this axis
 };
 
+// Pixels of one patch of a map: its rows are patch-major, row-major inside a patch.
+struct PatchSize {
+  int64_t height, width;
+
+  int64_t area() const { return height * width; }
+};
+
 struct Geometry {
-  const int32_t* coords;         // [P, 3] image, grid row, grid column
-  const int32_t* grid_to_patch;  // [B, gh, gw]
-  int64_t patches, gh, gw;
-  int64_t side_query, side_source;
+  const int32_t* coords;         // [patches, 3] image, grid row, grid column of the query's patches
+  int64_t patches;               // of the query
+  PatchSize query, source;
+  const int32_t* grid_to_patch;  // [B, gh, gw] of the source
+  int64_t gh, gw;
   int64_t kh, kw;
   Axis y, x;
 
   int64_t taps() const { return kh * kw; }
-  int64_t rows() const { return patches * side_query * side_query; }
+  int64_t rows() const { return patches * query.area(); }
 };
 
 // A query row's place: its coordinates in the image and the image's part of grid_to_patch.
@@ -34,11 +42,11 @@ struct Place {
 };
 
 inline Place place_of(const Geometry& g, int64_t row) {
-  const int64_t area = g.side_query * g.side_query;
-  const int64_t patch = row / area, pixel = row % area;
+  const int64_t patch = row / g.query.area();
+  const int32_t pixel = static_cast<int32_t>(row % g.query.area()), width = static_cast<int32_t>(g.query.width);
   const int32_t* c = g.coords + 3 * patch;
-  return {static_cast<int32_t>(c[1] * g.side_query + pixel / g.side_query),
-          static_cast<int32_t>(c[2] * g.side_query + pixel % g.side_query), g.grid_to_patch + c[0] * g.gh * g.gw};
+  return {static_cast<int32_t>(c[1] * g.query.height + pixel / width),
+          static_cast<int32_t>(c[2] * g.query.width + pixel % width), g.grid_to_patch + c[0] * g.gh * g.gw};
 }
 
 // Source row read by `p` at tap (ky, kx), or kMasked / kOutside.
@@ -48,7 +56,7 @@ inline int64_t source_row(const Geometry& g, const Place& p, int64_t ky, int64_t
   if (gy < 0 || gx < 0) return kOutside;
   const int64_t patch = p.grid[gy * g.gw + gx];
   if (patch < 0) return kMasked;
-  return (patch * g.side_source + g.y.in[iy]) * g.side_source + g.x.in[ix];
+  return (patch * g.source.height + g.y.in[iy]) * g.source.width + g.x.in[ix];
 }
 
 }  // namespace spark

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from spark_fast.ops.conv import conv2d
 from spark_fast.ops.densify import gather_patches
+from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, layer_norm
 from spark_fast.ops.pool import avg_pool2d, max_pool2d
 from spark_fast.tensor import SparseTensor
@@ -245,7 +246,7 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
 @rule(F.linear)
 def _linear(input, weight, bias=None):
     _channels_last_only("linear", input)
-    return input.with_features(F.linear(input.features, weight, bias))
+    return input.with_features(linear(input.features, weight, bias))
 
 
 @rule(F.prelu, torch.prelu)

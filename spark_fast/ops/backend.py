@@ -16,6 +16,7 @@ import torch
 
 # op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
     "conv": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},

@@ -40,8 +40,9 @@ def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, 
         side_query, side_source = side_source, side_query
     gh, gw = patches.grid
     args = (
-        patches.coords.data_ptr(), patches.grid_to_patch.data_ptr(), patches.count, gh, gw, side_query, side_source,
-        *geometry.window.kernel, y_grid, y_in, gh * side_query, x_grid, x_in, gw * side_query,
+        patches.coords.data_ptr(), patches.count, side_query, side_query, side_source, side_source,
+        patches.grid_to_patch.data_ptr(), gh, gw, *geometry.window.kernel,
+        y_grid, y_in, gh * side_query, x_grid, x_in, gw * side_query,
     )  # fmt: skip
     return args, (tables, patches)
 

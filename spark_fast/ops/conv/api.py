@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
 from spark_fast.ops.depthwise.api import depthwise_conv2d
+from spark_fast.ops.linear.api import linear
 from spark_fast.ops.window import Geometry, Window, pair
 from spark_fast.patches import ActivePatches
 
@@ -56,6 +57,8 @@ def conv2d(
     checks.check_like("conv2d", "bias", bias, features, (out_channels,))
     window = _window(tuple(weight.shape[2:]), stride, padding, dilation)
     geometry = Geometry.of(patches, side, window, op="conv2d")
+    if geometry.is_pointwise and groups == 1:
+        return linear(features, weight.flatten(1), bias), geometry.side_out
     if groups == channels == out_channels and groups > 1:
         return depthwise_conv2d(features, weight, bias, geometry), geometry.side_out
     run = backend.select("conv", features.device)

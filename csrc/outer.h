@@ -1,0 +1,202 @@
+// The gradient of a weight: for each tap the sum over pairs of rows of the outer product of the output's gradient and
+// the source. Work is cut into items of (split of the rows, block of output channels, group of panels of source
+// channels); the splits' partial sums are added in order, so that the result does not depend on the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace spark {
+namespace SPARK_ISA {
+
+constexpr int kOuterRows = kTileRows == 12 ? 8 : kTileRows;
+constexpr int64_t kChunk = 256;  // query rows that are handled together
+
+// out[m, :] += sum over p of a[row p][m] * b[p][:]: `a` holds M channels of each row, row p is index[p], or p itself.
+template <typename T, int M, int N, bool Indexed>
+SPARK_NOINLINE void outer_tile(const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out) {
+  typedef typename Vector<T>::type V;
+  constexpr int L = Vector<T>::lanes, C = panel_width<T>();
+  V sum[M][N];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] = load(out + m * C + n * L);
+  for (int64_t p = 0; p < pairs; ++p, b += C) {
+    const T* const row = a + (Indexed ? index[p] : p) * M;
+    V right[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * L);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const T value = row[m];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) sum[m][n] += value * right[n];
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) store(out + m * C + n * L, sum[m][n]);
+}
+
+template <typename T, int N, bool Indexed, int M = kOuterRows>
+inline void outer_tile_of(int64_t height, const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out) {
+  if constexpr (M > 0) {
+    if (height == M)
+      outer_tile<T, M, N, Indexed>(a, index, b, pairs, out);
+    else
+      outer_tile_of<T, N, Indexed, M - 1>(height, a, index, b, pairs, out);
+  }
+}
+
+// Channels of kChunk rows in tiles of kOuterRows channels (the last may have fewer), each (rows, channels of the tile).
+template <typename T>
+class Tiles {
+ public:
+  explicit Tiles(int64_t height) : data_((height + kOuterRows) / kOuterRows * kStride) {}
+
+  void pack(int64_t height, int64_t rows, const T* from, int64_t stride) {
+    const int64_t whole = height / kOuterRows * kOuterRows, rest = height - whole;
+    for (int64_t r = 0; r < rows; ++r, from += stride) {
+      T* to = data_.data() + r * kOuterRows;
+      for (int64_t m = 0; m < whole; m += kOuterRows, to += kStride) std::copy_n(from + m, kOuterRows, to);
+      if (rest) std::copy_n(from + whole, rest, data_.data() + whole / kOuterRows * kStride + r * rest);
+    }
+  }
+
+  const T* tile(int64_t m) const { return data_.data() + m / kOuterRows * kStride; }
+
+ private:
+  static constexpr int64_t kStride = (kChunk + 2) * kOuterRows;  // no power of two, which would thrash the cache
+  std::vector<T> data_;
+};
+
+// out (height x panel) += sum over pairs p of the tiles' row p times b[p] (a panel); row p is index[p], or p without.
+template <typename T>
+inline void outer(int64_t height, const Tiles<T>& tiles, const uint16_t* index, const T* b, int64_t pairs,
+                  int64_t used, T* out) {
+  const bool narrow = used <= Vector<T>::lanes;
+  for (int64_t m = 0; m < height; m += kOuterRows, out += kOuterRows * panel_width<T>()) {
+    const int64_t tile = std::min<int64_t>(kOuterRows, height - m);
+    const T* const a = tiles.tile(m);
+    if (narrow && index)
+      outer_tile_of<T, 1, true>(tile, a, index, b, pairs, out);
+    else if (narrow)
+      outer_tile_of<T, 1, false>(tile, a, index, b, pairs, out);
+    else if (index)
+      outer_tile_of<T, 2, true>(tile, a, index, b, pairs, out);
+    else
+      outer_tile_of<T, 2, false>(tile, a, index, b, pairs, out);
+  }
+}
+
+// The `used` columns of a row as one of a panel.
+template <typename T>
+inline void pack_row(const T* from, int64_t used, T* to) {
+  constexpr int64_t C = panel_width<T>();
+  if (used == C) {
+    std::copy_n(from, C, to);
+  } else {
+    std::copy_n(from, used, to);
+    std::fill_n(to + used, C - used, T(0));
+  }
+}
+
+template <typename T>
+class WeightGradient {
+ public:
+  // `chunks` of kChunk rows at most are given to one run().
+  WeightGradient(const ConvShape& s, int64_t taps, int64_t chunks)
+      : s_(s), taps_(taps), width_(s.query_channels / s.groups),
+        panels_(width_, s.source_channels / s.groups, s.groups, panel_width<T>()) {
+    group_ = std::min(kGroup, panels_.per_group);
+    groups_ = (panels_.per_group + group_ - 1) / group_ * s.groups;
+    height_ = std::min(width_, kHeight);
+    const int64_t blocks = (width_ + height_ - 1) / height_;
+    splits_ = std::max<int64_t>(1, std::min(kItems / (blocks * groups_), chunks / 4));
+    items_ = splits_ * blocks * groups_;
+    size_ = group_ * taps_ * height_ * panel_width<T>();
+    sums_.reset(new T[items_ * size_]);
+  }
+
+  int64_t items() const { return items_; }
+  int64_t height() const { return height_; }
+
+  // Adds an item's share of `chunks` chunks of query rows, the first of which starts at row `begin`. For each chunk and
+  // tap `pairs(chunk, tap)` gives {count, index of the query rows or null, function from a pair to its source row}.
+  template <typename Pairs>
+  void run(int64_t item, int64_t begin, int64_t rows, int64_t chunks, const T* grad, const T* source, Pairs pairs,
+           Tiles<T>& left, std::vector<T>& right) {
+    constexpr int64_t C = panel_width<T>();
+    const int64_t split = item % splits_, first = item / splits_ / groups_ * height_, group = item / splits_ % groups_;
+    const int64_t height = std::min(height_, width_ - first);
+    const Range range = panels_of(group);
+    T* const sums = sums_.get() + item * size_;
+    if (begin == 0) std::fill_n(sums, size_, T(0));
+    right.resize(kChunk * C);
+    for (int64_t chunk = chunks * split / splits_; chunk < chunks * (split + 1) / splits_; ++chunk) {
+      const int64_t row = begin + chunk * kChunk;
+      left.pack(height, std::min(kChunk, rows - row), grad + row * s_.query_channels + range.group * width_ + first,
+                s_.query_channels);
+      for (int64_t panel = range.first; panel < range.last; ++panel) {
+        const T* const from = source + range.group * panels_.width + panels_.first(panel);
+        const int64_t used = panels_.used(panel);
+        for (int64_t tap = 0; tap < taps_; ++tap) {
+          const auto [count, index, source_of] = pairs(chunk, tap);
+          for (int64_t p = 0; p < count; ++p)
+            pack_row(from + source_of(p) * s_.source_channels, used, right.data() + p * C);
+          outer(height, left, index, right.data(), count, used,
+                sums + ((panel - range.first) * taps_ + tap) * height_ * C);
+        }
+      }
+    }
+  }
+
+  // Writes the rows of output channel `o` of the weight [query channels, source channels / groups, taps].
+  void finish(int64_t o, T* weight) const {
+    constexpr int64_t C = panel_width<T>();
+    const int64_t block = o % width_ / height_, m = o % width_ % height_, per = groups_ / s_.groups;
+    std::vector<T> row(C);
+    for (int64_t group = o / width_ * per; group < (o / width_ + 1) * per; ++group) {
+      const Range range = panels_of(group);
+      for (int64_t panel = range.first; panel < range.last; ++panel) {
+        T* const to = weight + (o * panels_.width + panels_.first(panel)) * taps_;
+        for (int64_t tap = 0; tap < taps_; ++tap) {
+          const T* from = sums_.get() + (block * groups_ + group) * splits_ * size_ +
+                          (((panel - range.first) * taps_ + tap) * height_ + m) * C;
+          std::copy_n(from, C, row.data());
+          for (int64_t split = 1; split < splits_; ++split)
+            for (int64_t c = 0; c < C; ++c) row[c] += from[split * size_ + c];
+          for (int64_t c = 0; c < panels_.used(panel); ++c) to[c * taps_ + tap] = row[c];
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kHeight = 16 * kOuterRows, kGroup = 4, kItems = 32;
+
+  struct Range {
+    int64_t group, first, last;  // of channels; panels
+  };
+
+  Range panels_of(int64_t group) const {
+    const int64_t per = groups_ / s_.groups, first = group / per * panels_.per_group + group % per * group_;
+    return {group / per, first, std::min(first + group_, (group / per + 1) * panels_.per_group)};
+  }
+
+  ConvShape s_;
+  int64_t taps_, width_;
+  Panels panels_;
+  int64_t group_, groups_, height_, splits_, items_, size_;
+  std::unique_ptr<T[]> sums_;
+};
+
+}  // namespace SPARK_ISA
+}  // namespace spark

@@ -1,0 +1,3 @@
+from spark_fast.ops.linear.api import linear
+
+__all__ = ["linear"]
