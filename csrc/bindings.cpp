@@ -127,6 +127,27 @@ void conv_grad_weight(const py::tuple& where, int64_t element_size, int64_t sour
   });
 }
 
+void winograd_forward(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
+                      Address source, Address weight, bool transposed, Address bias, Address query, int threads) {
+  const Geometry g = geometry(where);
+  const ConvShape s{source_channels, query_channels, 1};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(winograd_forward<T>(g, s, at<const T>(source), at<const T>(weight), transposed, at<const T>(bias),
+                                       at<T>(query), threads));
+  });
+}
+
+void winograd_grad_weight(const py::tuple& where, int64_t element_size, int64_t source_channels,
+                          int64_t query_channels, Address source, Address grad, Address weight, int threads) {
+  const Geometry g = geometry(where);
+  const ConvShape s{source_channels, query_channels, 1};
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(winograd_grad_weight<T>(g, s, at<const T>(source), at<const T>(grad), at<T>(weight), threads));
+  });
+}
+
 void linear_forward(int64_t element_size, int64_t rows, int64_t depth, int64_t width, Address x, Address weight,
                     bool transposed, Address bias, Address y, int threads) {
   with_type(element_size, [&](auto type) {
@@ -198,6 +219,8 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("conv_gather", &conv_gather);
   m.def("conv_grad_weight", &conv_grad_weight);
+  m.def("winograd_forward", &winograd_forward);
+  m.def("winograd_grad_weight", &winograd_grad_weight);
   m.def("linear_forward", &linear_forward);
   m.def("linear_grad_weight", &linear_grad_weight);
   m.def("depthwise_gather", &depthwise_gather);

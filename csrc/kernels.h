@@ -33,6 +33,14 @@ constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolde
   template <typename T>                                                                                               \
   void conv_unfolded_grad_weight(const Geometry&, const ConvShape&, const T* source, const T* grad, T* weight,        \
                                  int threads);                                                                        \
+  /* conv_gather and conv_grad_weight for 3x3 kernels of stride 1, padding 1 and one group, where the query's patches */\
+  /* are of even height and width. The geometry is the forward one, `transposed` or not. */                           \
+  template <typename T>                                                                                               \
+  void winograd_forward(const Geometry&, const ConvShape&, const T* source, const T* weight, bool transposed,         \
+                        const T* bias, T* query, int threads);                                                        \
+  template <typename T>                                                                                               \
+  void winograd_grad_weight(const Geometry&, const ConvShape&, const T* source, const T* grad, T* weight,             \
+                            int threads);                                                                             \
   /* y [rows, width] = x [rows, depth] times the transpose of weight [width, depth], plus bias; `transposed`: times */\
   /* weight [depth, width]. */                                                                                        \
   template <typename T>                                                                                               \

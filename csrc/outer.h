@@ -14,12 +14,12 @@
 namespace spark {
 namespace SPARK_ISA {
 
-constexpr int kOuterRows = kTileRows == 12 ? 8 : kTileRows;
+constexpr int kOuterRows = kTileRows == 12 ? 8 : 4;
 constexpr int64_t kChunk = 256;  // query rows that are handled together
 
-// out[m, :] += sum over p of a[row p][m] * b[p][:]: `a` holds M channels of each row, row p is index[p], or p itself.
+// out[m, :] += sum over p of a[row p][m] * b[p][:] for M channels of a's rows, `lda` apart; row p is index[p], or p.
 template <typename T, int M, int N, bool Indexed>
-SPARK_NOINLINE void outer_tile(const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out) {
+SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, const T* b, int64_t pairs, T* out) {
   typedef typename Vector<T>::type V;
   constexpr int L = Vector<T>::lanes, C = panel_width<T>();
   V sum[M][N];
@@ -28,7 +28,7 @@ SPARK_NOINLINE void outer_tile(const T* a, const uint16_t* index, const T* b, in
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) sum[m][n] = load(out + m * C + n * L);
   for (int64_t p = 0; p < pairs; ++p, b += C) {
-    const T* const row = a + (Indexed ? index[p] : p) * M;
+    const T* const row = a + (Indexed ? index[p] : p) * lda;
     V right[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) right[n] = load(b + n * L);
@@ -49,7 +49,7 @@ template <typename T, int N, bool Indexed, int M = kOuterRows>
 inline void outer_tile_of(int64_t height, const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out) {
   if constexpr (M > 0) {
     if (height == M)
-      outer_tile<T, M, N, Indexed>(a, index, b, pairs, out);
+      outer_tile<T, M, N, Indexed>(a, M, index, b, pairs, out);
     else
       outer_tile_of<T, N, Indexed, M - 1>(height, a, index, b, pairs, out);
   }
