@@ -7,6 +7,18 @@ import itertools
 import torch
 from torch import nn
 
+from spark_fast.ops.conv import dense_conv2d
+
+
+class DenseConv2d(nn.Conv2d):
+    """nn.Conv2d with a 3x3 kernel and padding 1 (`spark_fast.ops.conv.dense_conv2d`)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return dense_conv2d(input, self.weight, self.bias)
+
 
 class UpBlock(nn.Module):
     """Doubles the resolution: (B, in, H, W) -> (B, out, 2H, 2W)."""
@@ -15,10 +27,10 @@ class UpBlock(nn.Module):
         super().__init__()
         self.up_sample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
         self.conv = nn.Sequential(
-            nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False),
+            DenseConv2d(in_channels, in_channels, bias=False),
             nn.BatchNorm2d(in_channels),
             nn.ReLU6(inplace=True),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            DenseConv2d(in_channels, out_channels, bias=False),
             nn.BatchNorm2d(out_channels),
         )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from spark_fast.decoder import DenseConv2d
 from spark_fast.nn import SparseBatchNorm2d, SparseLayerNorm
+from spark_fast.ops.conv import project
 from spark_fast.tensor import SparseTensor
 
 
@@ -36,8 +38,12 @@ class Densify(nn.Module):
         """Dense maps (B, width_i, H_i, W_i) from sparse ones (B, C_i, H_i, W_i), coarsest first."""
         dense = []
         for x, norm, proj, token in zip(maps, self.norms, self.projs, self.mask_tokens, strict=True):
-            x = norm(x)
-            dense.append(proj(x.to_dense(fill=token.flatten().to(x.dtype))))
+            x, fill = norm(x), token.flatten()
+            if isinstance(proj, DenseConv2d):
+                filled = project(x.features, fill.to(x.dtype), x.patches, x.side, proj.weight, proj.bias)
+            else:
+                filled = proj(x.to_dense(fill=fill.to(x.dtype)))
+            dense.append(filled)
         return dense
 
 
@@ -53,5 +59,5 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 def _projection(channels: int, width: int, coarsest: bool) -> nn.Module:
     if not coarsest:
-        return nn.Conv2d(channels, width, 3, padding=1)
+        return DenseConv2d(channels, width)
     return nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)

@@ -53,7 +53,9 @@ def test_equals_the_formula(norm, which, first_side, training, coarsest):
         assert gap(m.grad, t.grad, 1e-6) < 1e-9
     a, b = gradients(ours), gradients(plain)
     assert a.keys() == b.keys()
-    assert all(gap(a[n], b[n], 1e-6) < 1e-9 for n in b)
+    # Where nothing is masked a token's gradient is 0: the difference of two sums of about 1.
+    floor = {n: 1.0 if which == "all" and "mask_tokens" in n else 1e-6 for n in b}
+    assert all(gap(a[n], b[n], floor[n]) < 1e-9 for n in b)
     buffers = dict(plain.named_buffers())
     assert all(gap(v, buffers[n]) < 1e-11 for n, v in ours.named_buffers())
 

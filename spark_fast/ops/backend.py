@@ -14,10 +14,15 @@ from types import ModuleType
 
 import torch
 
-# op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
+# op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>. "cpu half" is
+# the CPU in float16 and bfloat16, for which PyTorch's library has instructions and our kernels have none.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
-    "conv": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "linear": {
+        "cpu": ("cpu", "library", "reference"),
+        "cpu half": ("library", "cpu", "reference"),
+        "*": ("library", "reference"),
+    },
+    "conv": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "norm": {"cpu": ("library", "reference"), "*": ("library", "reference")},
@@ -36,8 +41,9 @@ class BackendError(RuntimeError):
     """A backend cannot run here; the message says why and what to do."""
 
 
-def _order(op: str, device: str) -> tuple[str, ...]:
-    return ORDER[op].get(device, ORDER[op]["*"])
+def _order(op: str, device: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    half = f"{device} half" if dtype in (torch.float16, torch.bfloat16) else device
+    return ORDER[op].get(half) or ORDER[op].get(device, ORDER[op]["*"])
 
 
 def _load(op: str, backend: str) -> ModuleType:
@@ -48,13 +54,13 @@ def _load(op: str, backend: str) -> ModuleType:
     return module
 
 
-def select(op: str, device: torch.device) -> ModuleType:
-    """The backend module that runs `op` on `device`.
+def select(op: str, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
+    """The backend module that runs `op` on `device`, in `dtype` where that matters.
 
     Raises:
         BackendError: the preferred backend, or the forced one, cannot run here.
     """
-    order = _order(op, device.type)
+    order = _order(op, device.type, dtype)
     forced = (_forced.get() or {}).get(op)
     if forced is not None and forced not in order:
         raise BackendError(f"backend '{forced}' of op '{op}' does not run on {device.type}; it has {', '.join(order)}")
@@ -89,7 +95,9 @@ def report() -> list[dict[str, object]]:
     """Per op, device and backend: is it available, is it the one that runs, and why not."""
     rows = []
     for op, devices in ORDER.items():
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cpu half", "cuda"):
+            if device == "cpu half" and device not in devices:
+                continue
             names = devices.get(device, devices["*"])
             for name in names:
                 reason = _problem(op, name, device)

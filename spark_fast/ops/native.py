@@ -32,19 +32,18 @@ def module() -> ModuleType:
 def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, tuple]:
     """The geometry as addresses and sizes, and the tensors to keep alive meanwhile. Forward the query rows are the
     output's; transposed they are the input's."""
-    patches = geometry.patches
     tables = geometry.axis_tables(transposed)
     y_grid, y_in, x_grid, x_in = (t.ctypes.data for t in tables)
-    side_query, side_source = geometry.side_out, geometry.side_in
+    query, source, sizes = geometry.query, geometry.source, (geometry.patch_out, geometry.patch_in)
+    length_y, length_x = geometry.size_out
     if transposed:
-        side_query, side_source = side_source, side_query
-    gh, gw = patches.grid
+        query, source, sizes = source, query, sizes[::-1]
+        length_y, length_x = geometry.size_in
     args = (
-        patches.coords.data_ptr(), patches.count, side_query, side_query, side_source, side_source,
-        patches.grid_to_patch.data_ptr(), gh, gw, *geometry.window.kernel,
-        y_grid, y_in, gh * side_query, x_grid, x_in, gw * side_query,
+        query.coords.data_ptr(), query.count, *sizes[0], *sizes[1], source.grid_to_patch.data_ptr(), *source.grid,
+        *geometry.window.kernel, y_grid, y_in, length_y, x_grid, x_in, length_x,
     )  # fmt: skip
-    return args, (tables, patches)
+    return args, (tables, query, source)
 
 
 def computing(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

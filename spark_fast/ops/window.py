@@ -87,18 +87,26 @@ def axis_table(
     return tables
 
 
+@lru_cache(maxsize=64)
+def whole_images(batch: int, device: torch.device) -> ActivePatches:
+    """A dense batch as patches: each image is one active patch, so that its pixels in order are its rows."""
+    return ActivePatches(torch.ones(batch, 1, 1, dtype=torch.bool, device=device), per_image=1)
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """One window op on one sparse batch: input rows of `side_in`, output rows of `side_out`."""
+    """One window op on one batch: from the rows of `source` on maps of `size_in` (height, width) to those of `query` on
+    maps of `size_out`. A patch is a map's size over the grid, in pixels."""
 
-    patches: ActivePatches
+    source: ActivePatches
+    query: ActivePatches
     window: Window
-    side_in: int
-    side_out: int
+    size_in: tuple[int, int]
+    size_out: tuple[int, int]
 
     @staticmethod
     def of(patches: ActivePatches, side: int, window: Window, ceil_mode: bool = False, op: str = "op") -> Geometry:
-        """The geometry of `window` on maps of `side`.
+        """The geometry of `window` on the rows of `patches` at `side`.
 
         Raises:
             ValueError: the output map is not a whole number of pixels per patch.
@@ -117,41 +125,75 @@ class Geometry:
                 f"{height}x{width}, which is not a whole number of pixels for each of the {gh}x{gw} patches. "
                 "Use a patch_size that is a multiple of the network's total stride, and padding that keeps the size"
             )
-        return Geometry(patches, window, side, height // gh)
+        return Geometry(patches, patches, window, (gh * side, gw * side), (height, width))
+
+    @staticmethod
+    def dense(batch: int, size: tuple[int, int], window: Window, device: torch.device) -> Geometry:
+        """The geometry of `window` on dense maps of `size`, whose rows are all pixels in order."""
+        whole = whole_images(batch, device)
+        return Geometry(whole, whole, window, size, window.out_size(size))
+
+    @staticmethod
+    def densifying(patches: ActivePatches, side: int, window: Window) -> Geometry:
+        """The geometry of `window` from the rows of `patches` to all pixels, active or not."""
+        size = (patches.grid[0] * side, patches.grid[1] * side)
+        whole = whole_images(patches.batch, patches.device)
+        return Geometry(patches, whole, window, size, window.out_size(size))
+
+    @property
+    def reversed(self) -> Geometry:
+        """From `query` to `source`, through the same window."""
+        return Geometry(self.query, self.source, self.window, self.size_out, self.size_in)
+
+    @property
+    def patches(self) -> ActivePatches:
+        return self.source
+
+    @property
+    def patch_in(self) -> tuple[int, int]:
+        return self.size_in[0] // self.source.grid[0], self.size_in[1] // self.source.grid[1]
+
+    @property
+    def patch_out(self) -> tuple[int, int]:
+        return self.size_out[0] // self.query.grid[0], self.size_out[1] // self.query.grid[1]
+
+    @property
+    def side_in(self) -> int:
+        return self.patch_in[0]
+
+    @property
+    def side_out(self) -> int:
+        return self.patch_out[0]
 
     @property
     def rows_in(self) -> int:
-        return self.patches.rows(self.side_in)
+        return self.source.count * self.patch_in[0] * self.patch_in[1]
 
     @property
     def rows_out(self) -> int:
-        return self.patches.rows(self.side_out)
-
-    @property
-    def size_in(self) -> tuple[int, int]:
-        return self.patches.grid[0] * self.side_in, self.patches.grid[1] * self.side_in
-
-    @property
-    def size_out(self) -> tuple[int, int]:
-        return self.patches.grid[0] * self.side_out, self.patches.grid[1] * self.side_out
+        return self.query.count * self.patch_out[0] * self.patch_out[1]
 
     @property
     def is_pointwise(self) -> bool:
         """Output rows are the input rows: a 1x1 kernel with nothing to move."""
-        return self.window == Window((1, 1), dilation=self.window.dilation)
+        return self.source is self.query and self.window == Window((1, 1), dilation=self.window.dilation)
 
     def axis_tables(self, transposed: bool = False) -> tuple[np.ndarray, ...]:
         """(row grid, row offset, column grid, column offset), see `axis_table`."""
-        side = self.side_out if transposed else self.side_in
-        (height_in, width_in), (height_out, width_out) = self.size_in, self.size_out
-        vertical = axis_table(self.window, 0, height_in, height_out, side, transposed)
-        return vertical + axis_table(self.window, 1, width_in, width_out, side, transposed)
+        sides = self.patch_out if transposed else self.patch_in
+        return sum(
+            (
+                axis_table(self.window, axis, self.size_in[axis], self.size_out[axis], sides[axis], transposed)
+                for axis in (0, 1)
+            ),
+            (),
+        )
 
     @cached_property
     def neighbors(self) -> torch.Tensor:
         """int64 (taps, rows_out): the input row that each output row reads, MASKED or OUTSIDE. For the reference
         and for tests; the kernels compute it as they go."""
-        patches, side = self.patches, self.side_out
+        patches, side = self.query, self.side_out
         image, row, col = (i[:, None, None] for i in patches.index)  # (P, 1, 1)
         inside = torch.arange(side, device=patches.device)
         y = (row * side + inside[None, :, None]).expand(-1, -1, side).flatten()  # (N,)
@@ -163,7 +205,7 @@ class Geometry:
         kh, kw = self.window.kernel
         y_grid, y_in = (t[:, y].repeat_interleave(kw, 0) for t in (y_grid, y_in))  # (taps, N)
         x_grid, x_in = (t[:, x].repeat(kh, 1) for t in (x_grid, x_in))
-        patch = patches.grid_to_patch[image, y_grid.clamp(min=0), x_grid.clamp(min=0)].long()
+        patch = self.source.grid_to_patch[image, y_grid.clamp(min=0), x_grid.clamp(min=0)].long()
         found = (patch * self.side_in + y_in) * self.side_in + x_in
         found = torch.where(patch < 0, MASKED, found)
         return torch.where((y_grid < 0) | (x_grid < 0), OUTSIDE, found)

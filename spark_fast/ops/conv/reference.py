@@ -11,9 +11,9 @@ from spark_fast.ops.window import Geometry
 
 def forward(features, weight, bias, geometry: Geometry, groups: int) -> torch.Tensor:
     window = geometry.window
-    dense = scatter(features, geometry.patches, geometry.side_in, None)
+    dense = scatter(features, geometry.source, geometry.patch_in, None)
     out = F.conv2d(dense, weight, bias, window.stride, window.padding, window.dilation, groups)
-    return gather(out, geometry.patches)
+    return gather(out, geometry.query)
 
 
 def grad_input(grad, weight, geometry: Geometry, groups: int) -> torch.Tensor:

@@ -8,22 +8,21 @@ from spark_fast.patches import ActivePatches
 
 
 def gather(images, patches: ActivePatches) -> torch.Tensor:
-    side = images.shape[2] // patches.grid[0]
+    height, width = images.shape[2] // patches.grid[0], images.shape[3] // patches.grid[1]
     rows = [
-        images[image, :, row * side : (row + 1) * side, col * side : (col + 1) * side].flatten(1).t()
+        images[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width].flatten(1).t()
         for image, row, col in patches.coords.tolist()
     ]
     nothing = images.flatten(2)[0, :, :0].t()  # (0, C), so that an empty result still has a gradient
     return torch.cat((nothing, *rows))
 
 
-def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
-    channels = features.shape[1]
-    shape = (patches.batch, channels, patches.grid[0] * side, patches.grid[1] * side)
+def scatter(features, patches: ActivePatches, side: int | tuple[int, int], fill) -> torch.Tensor:
+    channels, (height, width) = features.shape[1], (side, side) if isinstance(side, int) else side
+    shape = (patches.batch, channels, patches.grid[0] * height, patches.grid[1] * width)
     start = features.new_zeros(shape) if fill is None else fill.view(1, -1, 1, 1).expand(shape).clone()
     out = start.contiguous(memory_format=torch.channels_last)
-    for (image, row, col), patch in zip(patches.coords.tolist(), features.split(side * side), strict=False):
-        out[image, :, row * side : (row + 1) * side, col * side : (col + 1) * side] = patch.t().unflatten(
-            1, (side, side)
-        )
+    for (image, row, col), patch in zip(patches.coords.tolist(), features.split(height * width), strict=False):
+        pixels = patch.t().unflatten(1, (height, width))
+        out[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width] = pixels
     return out

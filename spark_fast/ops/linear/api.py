@@ -31,7 +31,7 @@ def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         )
     checks.check_like("linear", "weight", weight, features, None)
     checks.check_like("linear", "bias", bias, features, (weight.shape[0],))
-    return LinearFunction.apply(features, weight, bias, backend.select("linear", features.device))
+    return LinearFunction.apply(features, weight, bias, backend.select("linear", features.device, features.dtype))
 
 
 class LinearFunction(torch.autograd.Function):

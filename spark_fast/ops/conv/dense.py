@@ -1,0 +1,96 @@
+"""3x3 convolution to dense maps: of dense maps (the decoder's), and of sparse ones around a constant (densify)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from spark_fast.ops import backend, checks
+from spark_fast.ops.conv.api import Conv2dFunction
+from spark_fast.ops.window import Geometry, Window
+from spark_fast.patches import ActivePatches
+
+WINDOW = Window((3, 3), (1, 1), (1, 1))
+
+
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
+def dense_conv2d(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.conv2d(images, weight, bias, padding=1) for 3x3 kernels.
+
+    Args:
+        images: (B, C, H, W), floating point; channels-last memory saves a copy.
+        weight: (O, C, 3, 3), the images' dtype (any floating dtype under torch.autocast).
+        bias: (O,) or None.
+
+    Returns:
+        (B, O, H, W), channels-last in memory.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; the message names it.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"dense_conv2d: images must be (B, C, H, W); got shape {tuple(images.shape)}")
+    images, weight, bias = checks.autocast(images, weight, bias)
+    _check("dense_conv2d", images, weight, bias, images.shape[1])
+    batch, channels, *size = images.shape
+    rows = images.permute(0, 2, 3, 1).reshape(-1, channels)
+    geometry = Geometry.dense(batch, tuple(size), WINDOW, images.device)
+    return _apply(rows, weight, bias, geometry)
+
+
+@torch.compiler.disable
+def project(
+    features: torch.Tensor,
+    token: torch.Tensor,
+    patches: ActivePatches,
+    side: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """3x3 convolution (padding 1) of the maps that hold `features` at active pixels and `token` at masked ones
+    (paper, section 3.2), without making them.
+
+    The convolution is linear: that of the constant map `token`, which differs only at the image's border, plus that of
+    the active pixels' distances from it.
+
+    Args:
+        features: (P * side * side, C) rows of `patches`.
+        token: (C,), the features' dtype.
+        weight: (O, C, 3, 3), the features' dtype (any floating dtype under torch.autocast).
+        bias: (O,) or None.
+
+    Returns:
+        (B, O, gh * side, gw * side), channels-last in memory.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; the message names it.
+    """
+    checks.check_rows("project", features, patches, side)
+    features, token, weight, bias = checks.autocast(features, token, weight, bias)
+    checks.check_like("project", "token", token, features, (features.shape[1],))
+    _check("project", features, weight, bias, features.shape[1])
+    out = _apply(features - token, weight, bias, Geometry.densifying(patches, side, WINDOW))
+    height, width = out.shape[2:]
+    # One pixel of each kind: at a border of the image, or inside.
+    kinds = F.conv2d(token.view(1, -1, 1, 1).expand(-1, -1, 3, 3), weight, padding=1)
+    for axis, length in ((2, height), (3, width)):
+        first, inside, last = kinds.split(1, axis)
+        if length == 1:
+            raise ValueError("project: a map must be at least 2 pixels high and wide")
+        repeat = [-1, -1, -1, -1]
+        repeat[axis] = length - 2
+        kinds = torch.cat((first, inside.expand(repeat), last), axis)
+    return out + kinds
+
+
+def _check(op: str, like: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, channels: int) -> None:
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3):
+        raise ValueError(f"{op}: weight must be (O, {channels}, 3, 3); got shape {tuple(weight.shape)}")
+    checks.check_like(op, "weight", weight, like, None)
+    checks.check_like(op, "bias", bias, like, (weight.shape[0],))
+
+
+def _apply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
+    run = backend.select("conv", rows.device, rows.dtype)
+    out = Conv2dFunction.apply(rows, weight, bias, geometry, 1, run)
+    return out.view(geometry.query.batch, *geometry.size_out, -1).permute(0, 3, 1, 2)
