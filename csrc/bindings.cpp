@@ -128,9 +128,10 @@ void conv_grad_weight(const py::tuple& where, int64_t element_size, int64_t sour
 }
 
 void winograd_forward(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
-                      Address source, Address weight, bool transposed, Address bias, Address query, int threads) {
+                      int64_t source_cell, int64_t query_cell, Address source, Address weight, bool transposed,
+                      Address bias, Address query, int threads) {
   const Geometry g = geometry(where);
-  const ConvShape s{source_channels, query_channels, 1};
+  const ConvShape s{source_channels, query_channels, 1, source_cell, query_cell};
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
     SPARK_DISPATCH(winograd_forward<T>(g, s, at<const T>(source), at<const T>(weight), transposed, at<const T>(bias),
@@ -138,10 +139,11 @@ void winograd_forward(const py::tuple& where, int64_t element_size, int64_t sour
   });
 }
 
-void winograd_grad_weight(const py::tuple& where, int64_t element_size, int64_t source_channels,
-                          int64_t query_channels, Address source, Address grad, Address weight, int threads) {
+void winograd_grad_weight(const py::tuple& where, int64_t element_size, int64_t source_channels, int64_t query_channels,
+                          int64_t source_cell, int64_t query_cell, Address source, Address grad, Address weight,
+                          int threads) {
   const Geometry g = geometry(where);
-  const ConvShape s{source_channels, query_channels, 1};
+  const ConvShape s{source_channels, query_channels, 1, source_cell, query_cell};
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
     SPARK_DISPATCH(winograd_grad_weight<T>(g, s, at<const T>(source), at<const T>(grad), at<T>(weight), threads));
@@ -161,7 +163,8 @@ void linear_grad_weight(int64_t element_size, int64_t rows, int64_t depth, int64
                         Address weight, int threads) {
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(linear_grad_weight<T>(rows, depth, width, at<const T>(x), at<const T>(grad), at<T>(weight), threads));
+    SPARK_DISPATCH(
+        linear_grad_weight<T>(rows, depth, width, at<const T>(x), at<const T>(grad), at<T>(weight), threads));
   });
 }
 

@@ -9,7 +9,7 @@ namespace spark {
 namespace SPARK_ISA {
 namespace {
 
-constexpr int64_t kItemChunks = 8;     // chunks that share a packed weight, where there are enough items all the same
+constexpr int64_t kItemChunks = 8;  // chunks that share a packed weight, where there are enough items all the same
 constexpr int64_t kSegmentBytes = 1 << 24;  // of lists that exist at a time
 
 // The pairs (source row, query row) of every chunk and tap of a segment of query rows.
@@ -19,8 +19,8 @@ struct Pairs {
   std::vector<uint16_t> query;  // relative to the chunk's first row
 
   Pairs(int64_t taps, int64_t rows)
-      : taps(taps), capacity(std::min((rows + kChunk - 1) / kChunk,
-                                      std::max<int64_t>(1, kSegmentBytes / (kChunk * taps * 10)))),
+      : taps(taps),
+        capacity(std::min((rows + kChunk - 1) / kChunk, std::max<int64_t>(1, kSegmentBytes / (kChunk * taps * 10)))),
         source(capacity * taps * kChunk), count(capacity * taps), query(capacity * taps * kChunk) {}
 
   int64_t at(int64_t chunk, int64_t tap) const { return (chunk * taps + tap) * kChunk; }
@@ -67,8 +67,8 @@ struct Pairs {
 
 // One panel of the weight, [taps, depth, panel], for source channels [k, k + depth) of a group.
 template <typename T>
-void pack(const Panels& panels, int64_t taps, bool transposed, const T* weight, int64_t panel,
-          int64_t k, int64_t depth, T* packed) {
+void pack(const Panels& panels, int64_t taps, bool transposed, const T* weight, int64_t panel, int64_t k, int64_t depth,
+          T* packed) {
   constexpr int64_t C = panel_width<T>();
   const int64_t used = panels.used(panel), first = panels.first(panel), group = panels.group(panel);
   const int64_t inner = transposed ? panels.width : panels.depth;  // the weight's dimension 1
@@ -109,8 +109,8 @@ struct GatherItem {
   std::vector<T> packed, acc;
 
   GatherItem(const Geometry& g, const ConvShape& s, const Panels& panels, const Pairs& pairs)
-      : g(g), s(s), panels(panels), pairs(pairs),
-        packed(g.taps() * std::min(panels.depth, kDepth) * panel_width<T>()) {}
+      : g(g), s(s), panels(panels), pairs(pairs), packed(g.taps() * std::min(panels.depth, kDepth) * panel_width<T>()) {
+  }
 
   void run(const T* source, const T* weight, bool transposed, const T* bias, T* query, int64_t segment, int64_t panel,
            int64_t first_chunk, int64_t chunks) {
@@ -136,8 +136,7 @@ struct GatherItem {
           T* const sums = out + chunk * kChunk * ldo;
           multiply<T>(
               pairs.count[(first_chunk + chunk) * g.taps() + tap], depth, packed.data() + tap * depth * C, used,
-              nullptr,
-              [&](int64_t i) { return from + rows[i] * s.source_channels; },
+              nullptr, [&](int64_t i) { return from + rows[i] * s.source_channels; },
               [&](int64_t i) { return sums + to[i] * ldo; });
         }
       }
@@ -211,7 +210,7 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                         \
+#define SPARK_INSTANTIATE(T)                                                                                    \
   template void conv_gather<T>(const Geometry&, const ConvShape&, const T*, const T*, bool, const T*, T*, int); \
   template void conv_grad_weight<T>(const Geometry&, const ConvShape&, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)

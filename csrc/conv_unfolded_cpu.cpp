@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kUnfold = 128;    // rows that are unfolded and multiplied together
 constexpr int64_t kSegment = 4096;  // rows that are unfolded before their share of the weight's gradient is added
-constexpr int64_t kColumns = 48;  // unfolded columns of an item of the weight's gradient
+constexpr int64_t kColumns = 48;    // unfolded columns of an item of the weight's gradient
 
 // The values that query rows [begin, end) read, as (rows, taps * depth), 0 where there is none.
 template <typename T>
@@ -82,8 +82,7 @@ void conv_unfolded(const Geometry& g, const ConvShape& s, const T* source, const
         const BiasRow<T> start(bias, column, used);
         multiply<T>(
             count, depth, packed.data() + panel * depth * C, used, start.values,
-            [&](int64_t i) { return left.data() + i * depth; },
-            [&](int64_t i) { return acc.data() + i * C; });
+            [&](int64_t i) { return left.data() + i * depth; }, [&](int64_t i) { return acc.data() + i * C; });
         for (int64_t i = 0; i < count; ++i)
           std::copy_n(acc.data() + i * C, used, query + (begin + i) * s.query_channels + column);
       }
@@ -118,8 +117,7 @@ void conv_unfolded_grad_weight(const Geometry& g, const ConvShape& s, const T* s
           for (int64_t i = 0; i < count; i += kChunk) {
             const int64_t pairs = std::min(kChunk, count - i);
             tiles.pack(height, pairs, left.data() + i * depth + first, depth);
-            for (int64_t p = 0; p < pairs; ++p)
-              pack_row(from + (i + p) * s.query_channels, used, right.data() + p * C);
+            for (int64_t p = 0; p < pairs; ++p) pack_row(from + (i + p) * s.query_channels, used, right.data() + p * C);
             outer<T>(height, tiles, nullptr, right.data(), pairs, used, sum.data() + (panel * depth + first) * C);
           }
         }
@@ -137,7 +135,7 @@ void conv_unfolded_grad_weight(const Geometry& g, const ConvShape& s, const T* s
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                      \
+#define SPARK_INSTANTIATE(T)                                                                                \
   template void conv_unfolded<T>(const Geometry&, const ConvShape&, const T*, const T*, const T*, T*, int); \
   template void conv_unfolded_grad_weight<T>(const Geometry&, const ConvShape&, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)

@@ -89,8 +89,8 @@ void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, 
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                           \
-  template void linear_forward<T>(int64_t, int64_t, int64_t, const T*, const T*, bool, const T*, T*, int);             \
+#define SPARK_INSTANTIATE(T)                                                                               \
+  template void linear_forward<T>(int64_t, int64_t, int64_t, const T*, const T*, bool, const T*, T*, int); \
   template void linear_grad_weight<T>(int64_t, int64_t, int64_t, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)

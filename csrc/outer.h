@@ -79,8 +79,8 @@ class Tiles {
 
 // out (height x panel) += sum over pairs p of the tiles' row p times b[p] (a panel); row p is index[p], or p without.
 template <typename T>
-inline void outer(int64_t height, const Tiles<T>& tiles, const uint16_t* index, const T* b, int64_t pairs,
-                  int64_t used, T* out) {
+inline void outer(int64_t height, const Tiles<T>& tiles, const uint16_t* index, const T* b, int64_t pairs, int64_t used,
+                  T* out) {
   const bool narrow = used <= Vector<T>::lanes;
   for (int64_t m = 0; m < height; m += kOuterRows, out += kOuterRows * panel_width<T>()) {
     const int64_t tile = std::min<int64_t>(kOuterRows, height - m);

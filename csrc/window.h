@@ -23,8 +23,8 @@ struct PatchSize {
 };
 
 struct Geometry {
-  const int32_t* coords;         // [patches, 3] image, grid row, grid column of the query's patches
-  int64_t patches;               // of the query
+  const int32_t* coords;  // [patches, 3] image, grid row, grid column of the query's patches
+  int64_t patches;        // of the query
   PatchSize query, source;
   const int32_t* grid_to_patch;  // [B, gh, gw] of the source
   int64_t gh, gw;

@@ -13,7 +13,7 @@ namespace spark {
 namespace SPARK_ISA {
 namespace {
 
-constexpr int64_t kTileBlock = 48;        // tiles that go through forward together
+constexpr int64_t kTileBlock = 48;         // tiles that go through forward together
 constexpr int64_t kManyWeights = 1 << 22;  // transformed weights beyond which larger blocks save reading them
 
 template <typename T>
@@ -99,7 +99,16 @@ inline void transform_sum(const V (&s)[16], V (&g)[9]) {
   }
 }
 
-// Where the 4x4 source pixels and the 2x2 query pixels of a tile lie.
+// Row of the first pixel of the cell at (y, x) of a patch, and how far from it the cell's pixel `i` is.
+inline int64_t cell_row(const PatchSize& size, int64_t cell, int64_t patch, int64_t y, int64_t x) {
+  return (patch * size.height + y) * size.width * cell * cell + x * cell;
+}
+
+inline int64_t cell_pixel(const PatchSize& size, int64_t cell, int64_t i) {
+  return i / cell * size.width * cell + i % cell;
+}
+
+// Where the 4x4 source pixels (or cells) and the 2x2 query pixels of a tile lie.
 struct Tile {
   int64_t source[16];  // rows, negative where there is none
   int64_t query;       // row of the top left pixel
@@ -108,7 +117,7 @@ struct Tile {
 
 inline int64_t tile_count(const Geometry& g) { return g.patches * (g.query.area() / 4); }
 
-inline Tile tile_at(const Geometry& g, int64_t index) {
+inline Tile tile_at(const Geometry& g, const ConvShape& s, int64_t index) {
   const int32_t across = static_cast<int32_t>(g.query.width / 2), area = static_cast<int32_t>(g.query.area() / 4);
   const int64_t patch = index / area;
   const int32_t pixel = static_cast<int32_t>(index % area), ty = pixel / across, tx = pixel % across;
@@ -116,7 +125,7 @@ inline Tile tile_at(const Geometry& g, int64_t index) {
   const int32_t* const grid = g.grid_to_patch + c[0] * g.gh * g.gw;
   const int64_t y = c[1] * g.query.height + 2 * ty, x = c[2] * g.query.width + 2 * tx;
   Tile tile;
-  tile.query = (patch * g.query.height + 2 * ty) * g.query.width + 2 * tx;
+  tile.query = cell_row(g.query, s.query_cell, patch, 2 * ty, 2 * tx);
   int32_t gy[4], gx[4], in_y[4], in_x[4];
   for (int64_t i = 0; i < 4; ++i) {
     // pixels y - 1, y, y + 1 are taps 0 to 2 of query pixel y; y + 2 is tap 2 of the next one
@@ -128,30 +137,35 @@ inline Tile tile_at(const Geometry& g, int64_t index) {
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < 4; ++j) {
       const int64_t from = gy[i] < 0 || gx[j] < 0 ? -1 : grid[gy[i] * g.gw + gx[j]];
-      tile.source[4 * i + j] = from < 0 ? -1 : (from * g.source.height + in_y[i]) * g.source.width + in_x[j];
+      tile.source[4 * i + j] = from < 0 ? -1 : cell_row(g.source, s.source_cell, from, in_y[i], in_x[j]);
       tile.empty &= from < 0;
     }
   }
   return tile;
 }
 
-// The transformed source of one tile goes to to[i * step + c], for i < 16 and whole vectors of channels c.
+// Calls store_at(k, d) with the 16 values d of the transformed tile for each vector of channels, which starts at `k`.
 template <typename T, typename Store>
-inline void transform_tile(const Tile& tile, const T* source, int64_t channels, const T* zeros, Store store_at) {
+inline void transform_tile(const Geometry& g, const ConvShape& s, const Tile& tile, const T* source, const T* zeros,
+                           Store store_at) {
   constexpr int64_t L = Vector<T>::lanes;
-  const T* from[16];
-  for (int i = 0; i < 16; ++i) from[i] = tile.source[i] < 0 ? zeros : source + tile.source[i] * channels;
-  int64_t c = 0;
-  Vec<T> d[16];
-  for (; c + L <= channels; c += L) {
-    for (int i = 0; i < 16; ++i) d[i] = load(from[i] + c);
-    transform_source(d);
-    store_at(c, d);
-  }
-  if (c < channels) {
-    for (int i = 0; i < 16; ++i) d[i] = load_part(from[i] + c, channels - c);
-    transform_source(d);
-    store_at(c, d);
+  const int64_t channels = s.source_channels;
+  for (int64_t pixel = 0; pixel < s.source_cell * s.source_cell; ++pixel) {
+    const int64_t inside = cell_pixel(g.source, s.source_cell, pixel);
+    const T* from[16];
+    for (int i = 0; i < 16; ++i) from[i] = tile.source[i] < 0 ? zeros : source + (tile.source[i] + inside) * channels;
+    int64_t c = 0;
+    Vec<T> d[16];
+    for (; c + L <= channels; c += L) {
+      for (int i = 0; i < 16; ++i) d[i] = load(from[i] + c);
+      transform_source(d);
+      store_at(pixel * channels + c, d);
+    }
+    if (c < channels) {
+      for (int i = 0; i < 16; ++i) d[i] = load_part(from[i] + c, channels - c);
+      transform_source(d);
+      store_at(pixel * channels + c, d);
+    }
   }
 }
 
@@ -161,8 +175,8 @@ constexpr int64_t apart(int64_t size) {
   return size + Vector<T>::lanes;
 }
 
-// The transformed weight as [panels, 16, source channels, panel]. See conv_gather for `transposed`, which also turns the
-// kernel by 180 degrees.
+// The transformed weight as [panels, 16, source channels, panel]. See conv_gather for `transposed`, which also turns
+// the kernel by 180 degrees.
 template <typename T>
 void pack_weight(const ConvShape& s, const Panels& panels, bool transposed, const T* weight, T* packed) {
   constexpr int64_t C = panel_width<T>();
@@ -170,19 +184,18 @@ void pack_weight(const ConvShape& s, const Panels& panels, bool transposed, cons
   T taps[9 * C];
 #pragma omp for collapse(2) schedule(static)
   for (int64_t panel = 0; panel < panels.total; ++panel) {
-    for (int64_t k = 0; k < s.source_channels; ++k) {
-      const int64_t first = panels.first(panel), used = panels.used(panel);
+    for (int64_t k = 0; k < panels.depth; ++k) {
+      const int64_t first = panels.group(panel) * panels.width + panels.first(panel), used = panels.used(panel);
       for (int64_t c = 0; c < C; ++c) {
-        const T* const from = transposed ? weight + (k * s.query_channels + first + c) * 9
-                                         : weight + ((first + c) * s.source_channels + k) * 9;
+        const T* const from =
+            transposed ? weight + (k * s.width() + first + c) * 9 : weight + ((first + c) * panels.depth + k) * 9;
         for (int64_t t = 0; t < 9; ++t) taps[t * C + c] = c < used ? from[transposed ? 8 - t : t] : T(0);
       }
       for (int n = 0; n < 2; ++n) {
         Vec<T> g[9], u[16];
         for (int t = 0; t < 9; ++t) g[t] = load(taps + t * C + n * L);
         transform_weight(g, u);
-        for (int i = 0; i < 16; ++i)
-          store(packed + ((panel * 16 + i) * s.source_channels + k) * C + n * L, u[i]);
+        for (int i = 0; i < 16; ++i) store(packed + ((panel * 16 + i) * panels.depth + k) * C + n * L, u[i]);
       }
     }
   }
@@ -198,8 +211,7 @@ struct ForwardBlock {
   std::vector<T> sources, products, zeros;  // [16, tiles, stride], [16, tiles, panel]
 
   ForwardBlock(const Geometry& g, const ConvShape& s, int64_t size)
-      : g(g), s(s), size(size),
-        stride((s.source_channels + Vector<T>::lanes - 1) / Vector<T>::lanes * Vector<T>::lanes),
+      : g(g), s(s), size(size), stride(s.depth() + Vector<T>::lanes - s.depth() % Vector<T>::lanes),
         source_step(apart<T>(size * stride)), product_step(apart<T>(size * panel_width<T>())),
         sources(16 * source_step), products(16 * product_step), zeros(s.source_channels) {
     tiles.reserve(size);
@@ -209,26 +221,34 @@ struct ForwardBlock {
            T* query) {
     tiles.clear();
     for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at(g, index);
-      if (!tile.empty) {
+      const Tile tile = tile_at(g, s, index);
+      if (tile.empty)
+        fill(tile, bias, query);
+      else
         tiles.push_back(tile);
-        continue;
-      }
-      for (int64_t pixel = 0; pixel < 4; ++pixel) {
-        T* const to = query + (tile.query + pixel / 2 * g.query.width + pixel % 2) * s.query_channels;
-        for (int64_t c = 0; c < s.query_channels; ++c) to[c] = bias ? bias[c] : T(0);
-      }
     }
     const int64_t count = tiles.size();
     for (int64_t t = 0; t < count; ++t) {
       T* const to = sources.data() + t * stride;
-      transform_tile(tiles[t], source, s.source_channels, zeros.data(), [&](int64_t c, const Vec<T>(&d)[16]) {
+      transform_tile(g, s, tiles[t], source, zeros.data(), [&](int64_t c, const Vec<T>(&d)[16]) {
         for (int i = 0; i < 16; ++i) store(to + i * source_step + c, d[i]);
       });
     }
     for (int64_t panel = 0; panel < panels.total; ++panel) {
-      multiply_panel(count, packed + panel * 16 * s.source_channels * panel_width<T>(), panels.used(panel));
-      finish_panel(panels.first(panel), panels.used(panel), bias, query);
+      multiply_panel(count, packed + panel * 16 * panels.depth * panel_width<T>(), panels.used(panel));
+      finish_panel(panels, panel, bias, query);
+    }
+  }
+
+  // The 2x2 pixels of a tile that sees no source pixel.
+  void fill(const Tile& tile, const T* bias, T* query) {
+    for (int64_t pixel = 0; pixel < 4; ++pixel) {
+      for (int64_t i = 0; i < s.query_cell * s.query_cell; ++i) {
+        const int64_t row = tile.query + cell_row(g.query, s.query_cell, 0, pixel / 2, pixel % 2) +
+                            cell_pixel(g.query, s.query_cell, i);
+        T* const to = query + row * s.query_channels;
+        for (int64_t c = 0; c < s.query_channels; ++c) to[c] = bias ? bias[i * s.query_channels + c] : T(0);
+      }
     }
   }
 
@@ -239,27 +259,29 @@ struct ForwardBlock {
       const T* const from = sources.data() + i * source_step;
       T* const to = products.data() + i * product_step;
       multiply<T>(
-          count, s.source_channels, packed + i * s.source_channels * C, used, zero.values,
-          [&](int64_t t) { return from + t * stride; }, [&](int64_t t) { return to + t * C; });
+          count, s.depth(), packed + i * s.depth() * C, used, zero.values, [&](int64_t t) { return from + t * stride; },
+          [&](int64_t t) { return to + t * C; });
     }
   }
 
-  void finish_panel(int64_t column, int64_t used, const T* bias, T* query) {
+  void finish_panel(const Panels& panels, int64_t panel, const T* bias, T* query) {
     constexpr int64_t C = panel_width<T>();
     constexpr int L = Vector<T>::lanes;
-    const BiasRow<T> start(bias, column, used);
-    const int64_t down = g.query.width * s.query_channels;
+    const int64_t used = panels.used(panel), pixel = panels.group(panel);
+    const BiasRow<T> start(bias, pixel * panels.width + panels.first(panel), used);
+    query += cell_pixel(g.query, s.query_cell, pixel) * s.query_channels + panels.first(panel);
+    const int64_t right = s.query_cell * s.query_channels, down = s.query_cell * g.query.width * right;
     for (int64_t t = 0; t < static_cast<int64_t>(tiles.size()); ++t) {
-      T* const to = query + tiles[t].query * s.query_channels + column;
+      T* const to = query + tiles[t].query * s.query_channels;
       for (int64_t c = 0; c < used; c += L) {
         Vec<T> m[16], y[4];
         for (int i = 0; i < 16; ++i) m[i] = load(products.data() + i * product_step + t * C + c);
         transform_product(m, y);
         const Vec<T> offset = load(start.values + c);
         store_part(to + c, y[0] + offset, used - c);
-        store_part(to + c + s.query_channels, y[1] + offset, used - c);
+        store_part(to + c + right, y[1] + offset, used - c);
         store_part(to + c + down, y[2] + offset, used - c);
-        store_part(to + c + down + s.query_channels, y[3] + offset, used - c);
+        store_part(to + c + down + right, y[3] + offset, used - c);
       }
     }
   }
@@ -280,7 +302,7 @@ struct GradientBlock {
   std::vector<Tile> tiles;
 
   GradientBlock(const Geometry& g, const ConvShape& s, const Panels& panels, int64_t size)
-      : g(g), s(s), panels(panels), size(size), height((s.query_channels + kLeft - 1) / kLeft * kLeft),
+      : g(g), s(s), panels(panels), size(size), height((s.width() + kLeft - 1) / kLeft * kLeft),
         panel_step(apart<T>(size * panel_width<T>())), left_step(apart<T>(size * kLeft)),
         source_step(apart<T>(panels.total * panel_step)), grad_step(apart<T>(height / kLeft * left_step)),
         sources(16 * source_step), grads(16 * grad_step), zeros(s.source_channels), tiles(size) {}
@@ -288,20 +310,22 @@ struct GradientBlock {
   void transform(int64_t t, const T* source, const T* grad) {
     constexpr int64_t C = panel_width<T>();
     constexpr int64_t L = Vector<T>::lanes;
-    transform_tile(tiles[t], source, s.source_channels, zeros.data(), [&](int64_t c, const Vec<T>(&d)[16]) {
+    transform_tile(g, s, tiles[t], source, zeros.data(), [&](int64_t c, const Vec<T>(&d)[16]) {
       T* const to = sources.data() + c / C * panel_step + t * C + c % C;
       for (int64_t i = 0; i < 16; ++i) store(to + i * source_step, d[i]);
     });
-    const T* const from = grad + tiles[t].query * s.query_channels;
-    const int64_t down = g.query.width * s.query_channels;
-    for (int64_t c = 0; c < s.query_channels; c += L) {
-      Vec<T> y[4], z[16];
-      const int64_t rest = s.query_channels - c;
-      y[0] = load_part(from + c, rest), y[1] = load_part(from + c + s.query_channels, rest);
-      y[2] = load_part(from + c + down, rest), y[3] = load_part(from + c + down + s.query_channels, rest);
-      transform_grad(y, z);
-      T* const to = grads.data() + c / kLeft * left_step + t * kLeft + c % kLeft;
-      for (int64_t i = 0; i < 16; ++i) store(to + i * grad_step, z[i]);
+    const int64_t right = s.query_cell * s.query_channels, down = s.query_cell * g.query.width * right;
+    for (int64_t pixel = 0; pixel < s.query_cell * s.query_cell; ++pixel) {
+      const T* const from = grad + (tiles[t].query + cell_pixel(g.query, s.query_cell, pixel)) * s.query_channels;
+      for (int64_t c = 0; c < s.query_channels; c += L) {
+        Vec<T> y[4], z[16];
+        const int64_t rest = s.query_channels - c, o = pixel * s.query_channels + c;
+        y[0] = load_part(from + c, rest), y[1] = load_part(from + c + right, rest);
+        y[2] = load_part(from + c + down, rest), y[3] = load_part(from + c + down + right, rest);
+        transform_grad(y, z);
+        T* const to = grads.data() + o / kLeft * left_step + t * kLeft + o % kLeft;
+        for (int64_t i = 0; i < 16; ++i) store(to + i * grad_step, z[i]);
+      }
     }
   }
 };
@@ -312,8 +336,8 @@ template <typename T>
 void winograd_forward(const Geometry& g, const ConvShape& s, const T* source, const T* weight, bool transposed,
                       const T* bias, T* query, int threads) {
   constexpr int64_t C = panel_width<T>();
-  const Panels panels(s.source_channels, s.query_channels, 1, C);
-  const int64_t weights = panels.total * 16 * s.source_channels * C, tiles = tile_count(g);
+  const Panels panels(s.depth(), s.query_channels, s.query_cell * s.query_cell, C);
+  const int64_t weights = panels.total * 16 * panels.depth * C, tiles = tile_count(g);
   const std::unique_ptr<T[]> packed(new T[weights]);
   // As many blocks for each thread, of whole register tiles.
   const int64_t most = weights > kManyWeights ? 2 * kTileBlock : kTileBlock;
@@ -336,7 +360,7 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
   constexpr int64_t C = panel_width<T>();
   constexpr int64_t L = Vector<T>::lanes;
   constexpr int64_t kLeft = GradientBlock<T>::kLeft;
-  const Panels panels(s.query_channels, s.source_channels, 1, C);
+  const Panels panels(s.width(), s.source_channels, 1, C);
   const int64_t size = kChunk, tiles = tile_count(g);
   GradientBlock<T> block(g, s, panels, size);
   std::vector<T> sums(16 * panels.total * block.height * C, T(0));  // [16, panels, query channels, panel]
@@ -348,7 +372,7 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
 #pragma omp barrier
       const int64_t begin = next, looked = std::min(size, tiles - begin);
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < looked; ++i) listed[i] = tile_at(g, begin + i);
+      for (int64_t i = 0; i < looked; ++i) listed[i] = tile_at(g, s, begin + i);
 #pragma omp single
       {
         count = 0;
@@ -374,7 +398,7 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
       }
     }
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t o = 0; o < s.query_channels; ++o) {
+    for (int64_t o = 0; o < s.width(); ++o) {
       for (int64_t panel = 0; panel < panels.total; ++panel) {
         T* const to = weight + (o * s.source_channels + panels.first(panel)) * 9;
         for (int64_t c = 0; c < panels.used(panel); c += L) {
@@ -393,7 +417,7 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                                          \
+#define SPARK_INSTANTIATE(T)                                                                                         \
   template void winograd_forward<T>(const Geometry&, const ConvShape&, const T*, const T*, bool, const T*, T*, int); \
   template void winograd_grad_weight<T>(const Geometry&, const ConvShape&, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)

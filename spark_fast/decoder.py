@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import nn
 
-from spark_fast.ops.conv import dense_conv2d
+from spark_fast.ops.conv import dense_conv2d, up_conv2d
+from spark_fast.ops.linear import linear
 
 
 class DenseConv2d(nn.Conv2d):
@@ -35,7 +36,9 @@ class UpBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.up_sample(x))
+        up, conv = self.up_sample, self.conv
+        x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
+        return conv[1:](x)
 
 
 class Decoder(nn.Module):
@@ -75,7 +78,9 @@ class Decoder(nn.Module):
             if 0 < k < len(maps) and maps[k] is not None:
                 x = x + maps[k]
             x = block(x)
-        return self.proj(x)
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        pixels = linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+        return pixels.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _init(module: nn.Module) -> None:

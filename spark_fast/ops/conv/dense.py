@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from spark_fast.ops import backend, checks
 from spark_fast.ops.conv.api import Conv2dFunction
@@ -71,16 +70,22 @@ def project(
     _check("project", features, weight, bias, features.shape[1])
     out = _apply(features - token, weight, bias, Geometry.densifying(patches, side, WINDOW))
     height, width = out.shape[2:]
-    # One pixel of each kind: at a border of the image, or inside.
-    kinds = F.conv2d(token.view(1, -1, 1, 1).expand(-1, -1, 3, 3), weight, padding=1)
-    for axis, length in ((2, height), (3, width)):
-        first, inside, last = kinds.split(1, axis)
-        if length == 1:
-            raise ValueError("project: a map must be at least 2 pixels high and wide")
+    return out + _constant(token, weight, (height, width))
+
+
+def _constant(token: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The convolution (1, O, H, W) of a map that is `token` everywhere: the sum of the taps that lie in the image."""
+    if min(size) < 2:
+        raise ValueError(f"project: a map must be at least 2 pixels high and wide; got {size}")
+    taps = torch.matmul(token, weight.flatten(2)).view(-1, 3, 3)  # (O, 3, 3)
+    inside = taps.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])  # taps of a first, an inner and a last pixel
+    kinds = (inside @ taps @ inside)[None]  # (1, O, 3, 3)
+    for axis, length in ((2, size[0]), (3, size[1])):
+        first, inner, last = kinds.split(1, axis)
         repeat = [-1, -1, -1, -1]
         repeat[axis] = length - 2
-        kinds = torch.cat((first, inside.expand(repeat), last), axis)
-    return out + kinds
+        kinds = torch.cat((first, inner.expand(repeat), last), axis)
+    return kinds.contiguous(memory_format=torch.channels_last)
 
 
 def _check(op: str, like: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, channels: int) -> None:
