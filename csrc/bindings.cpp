@@ -9,6 +9,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace py = pybind11;
 
@@ -216,6 +219,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("openmp", [] {
 #ifdef _OPENMP
     return true;
+#else
+    return false;
+#endif
+  });
+  // Freed memory stays with the process: no mmap for large blocks, no trimming of the heap.
+  m.def("keep_memory", [] {
+#ifdef __GLIBC__
+    return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, 64 << 20) == 1;
 #else
     return false;
 #endif

@@ -5,6 +5,7 @@ from spark_fast.decoder import Decoder
 from spark_fast.densify import Densify
 from spark_fast.encoder import Encoder
 from spark_fast.mask import random_patch_mask
+from spark_fast.memory import keep_memory
 from spark_fast.nn import to_dense, to_sparse
 from spark_fast.ops.backend import BackendError, use_backend
 from spark_fast.patches import ActivePatches
@@ -16,7 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivePatches", "BackendError", "Decoder", "Densify", "Encoder", "SparK", "SparseOpError", "SparseTensor",
-    "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense", "to_sparse", "use_backend",
+    "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense", "to_sparse", "use_backend",
 ]  # fmt: skip
 
 

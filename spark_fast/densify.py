@@ -8,7 +8,17 @@ from torch import nn
 from spark_fast.decoder import DenseConv2d
 from spark_fast.nn import SparseBatchNorm2d, SparseLayerNorm
 from spark_fast.ops.conv import project
+from spark_fast.ops.linear import linear
 from spark_fast.tensor import SparseTensor
+
+
+class PixelProjection(nn.Conv2d):
+    """nn.Conv2d with a 1x1 kernel, of a sparse map (its active pixels), or of rows (N, C)."""
+
+    def forward(self, input: SparseTensor | torch.Tensor) -> SparseTensor | torch.Tensor:
+        if isinstance(input, SparseTensor):
+            return input.with_features(self(input.features))
+        return linear(input, self.weight.flatten(1), self.bias)
 
 
 class Densify(nn.Module):
@@ -42,7 +52,7 @@ class Densify(nn.Module):
             if isinstance(proj, DenseConv2d):
                 filled = project(x.features, fill.to(x.dtype), x.patches, x.side, proj.weight, proj.bias)
             else:
-                filled = proj(x.to_dense(fill=fill.to(x.dtype)))
+                filled = proj(x).to_dense(fill=proj(fill.to(x.dtype)[None])[0])
             dense.append(filled)
         return dense
 
@@ -60,4 +70,4 @@ def _norm(kind: str, channels: int) -> nn.Module:
 def _projection(channels: int, width: int, coarsest: bool) -> nn.Module:
     if not coarsest:
         return DenseConv2d(channels, width)
-    return nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)
+    return nn.Identity() if channels == width else PixelProjection(channels, width, 1)

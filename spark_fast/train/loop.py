@@ -17,6 +17,7 @@ import torch
 
 from spark_fast.evaluate.curve import draw_loss_curve
 from spark_fast.evaluate.grid import save_grid
+from spark_fast.memory import keep_memory
 from spark_fast.spark import SparK
 from spark_fast.train.checkpoint import (
     build_model,
@@ -103,6 +104,8 @@ def pretrain(config: PretrainConfig | None = None, **settings: Any) -> PretrainR
     pictures, _ = load_pictures(config, files, PICTURES)
     if config.threads:
         torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_memory()
     state = _make_state(config, device, fresh=content is None)
     if content:
         state.load(content, folder.checkpoint)

@@ -13,6 +13,8 @@ from spark_fast.ops.conv import conv2d
 SHAPES = {
     "3x3": (7, 65, 1, 3, 1, 1, 1, 4),
     "3x3 side 1": (16, 40, 1, 3, 1, 1, 1, 1),
+    "3x3 winograd": (16, 40, 1, 3, 1, 1, 1, 4),
+    "3x3 winograd side 2": (65, 17, 1, 3, 1, 1, 1, 2),
     "3x3 stride 2": (5, 33, 1, 3, 2, 1, 1, 2),
     "stem": (3, 12, 1, 7, 2, 3, 1, 8),
     "1x1": (7, 3, 1, 1, 1, 0, 1, 2),
@@ -75,8 +77,9 @@ def test_gradcheck(name, some_patches):
     assert torch.autograd.gradcheck(lambda *t: run(shape, some_patches, *t), inputs, fast_mode=True)
 
 
-def test_threads_do_not_change_the_result(some_patches):
-    shape = SHAPES["3x3"]
+@pytest.mark.parametrize("name", ["3x3", "3x3 side 1", "3x3 winograd", "stem"])
+def test_threads_do_not_change_the_result(name, some_patches):
+    shape = SHAPES[name]
     inputs = make(shape, some_patches, torch.float32)
     results = []
     for threads in (1, 2):
