@@ -117,7 +117,7 @@ def compare_with_dense(
         encoder: the encoder; it is left as it was, but for its gradients.
         images: (B, C, H, W) on the encoder's device.
         active: bool (B, gh, gw), the same number of patches in each image.
-        rounds: timed rounds, after two for warm-up.
+        rounds: timed rounds, after one for warm-up and the proof.
         forms: ways to write the same network dense, with the same weights, by name; default: the encoder's own. Each is
             proven, and the fastest is the one compared with.
 
@@ -143,14 +143,14 @@ def compare_with_dense(
         model.train()
     runs = {name: lambda name=name: run_dense(name) for name in dense}
     best, seconds = fastest(runs, images.device)
-    times = alternate({"sparse": run_sparse, "dense": runs[best]}, rounds, device=images.device)
+    times = alternate({"sparse": run_sparse, "dense": runs[best]}, rounds, 1, images.device)
     return Speed(times["sparse"], times["dense"], best, seconds)
 
 
 def fastest(
-    runs: Mapping[str, Callable[[], object]], device: torch.device | str = "cpu", rounds: int = 3
+    runs: Mapping[str, Callable[[], object]], device: torch.device | str = "cpu", rounds: int = 1
 ) -> tuple[str, dict[str, float]]:
-    """The name of the fastest run, and each one's median seconds; without a choice nothing is timed."""
+    """The name of the fastest run, and each one's median seconds; where there is no choice nothing is timed."""
     if len(runs) == 1:
         return next(iter(runs)), {}
     times = alternate(runs, rounds, 1, device)
