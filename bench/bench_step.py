@@ -17,7 +17,7 @@ from torch import nn
 import spark_fast as sf
 from bench.harness import note
 from bench.nets import DenseSparK, dense_forms, model_kwargs, stir
-from bench.settings import BATCH, MASK_RATIO, NET_ROUNDS, SIZE, TINY
+from bench.settings import BATCH, HEADLINE_ROUNDS, MASK_RATIO, SIZE, TINY
 from spark_fast.evaluate.speed import BOUND, alternate, distance, fastest
 from spark_fast.train.config import PretrainConfig
 from spark_fast.train.schedule import make_optimizer
@@ -35,11 +35,11 @@ def test_step(benchmark, model: str) -> None:
     dense = {name: training_step(form, model, lambda form=form: form(channels_last)) for name, form in forms.items()}
     sparse = training_step(spark, model, lambda: spark(images, active))
     best, seconds = fastest(dense)
-    times = alternate({"sparse": sparse, "dense": dense[best]}, NET_ROUNDS)
+    times = alternate({"sparse": sparse, "dense": dense[best]}, HEADLINE_ROUNDS, warmup=1)
     benchmark.pedantic(sparse, rounds=1, warmup_rounds=0)
     note(
         benchmark, {name: statistics.median(series) for name, series in times.items()}, None, None,
-        kind="step", net=model, batch=BATCH, img_size=SIZE, mask_ratio=MASK_RATIO, rounds=NET_ROUNDS,
+        kind="step", net=model, batch=BATCH, img_size=SIZE, mask_ratio=MASK_RATIO, rounds=HEADLINE_ROUNDS,
     )  # fmt: skip
     if seconds:
         forms = {name: round(1000 * s, 1) for name, s in seconds.items()}

@@ -7,7 +7,7 @@ import pytest
 from bench.bench_encoder import measure_encoder
 from bench.harness import Work, run_case
 from bench.layers import Layer, Problem
-from bench.settings import BATCH, MASK_RATIO, SIZE, SWEEP_ROUNDS, TINY
+from bench.settings import MASK_RATIO, SIZE, SWEEP_ROUNDS, TINY
 
 RATIOS = (0.0, 0.4, 0.6, 0.75, 0.9)
 SWEEP_BATCH = 1 if TINY else 4
@@ -27,9 +27,9 @@ def test_layer_mask_ratio(benchmark, ceilings, side: int, channels: int, ratio: 
     """A 3x3 convolution, all three directions together."""
     problem = Problem(Layer("resnet", side, channels, channels, mask_ratio=ratio))
     sides = {name: s for name, s in problem.sides().items() if name != "gather"}
-    work = problem.work("forward")
+    work, terms = problem.work("forward"), max(problem.terms(d) for d in ("forward", "grad_weight"))
     run_case(
-        benchmark, ceilings, "all", sides, Work(3 * work.flops, 3 * work.bytes), max(problem.terms(d) for d in ("forward", "grad_weight")),
+        benchmark, ceilings, "all", sides, Work(3 * work.flops, 3 * work.bytes), terms,
         kind="sweep", sweep="layer mask ratio", **problem.info(),
     )  # fmt: skip
 
@@ -43,7 +43,6 @@ def test_batch_size(benchmark, ceilings, batch: int) -> None:
 
 @pytest.mark.parametrize("size", [64, 128] if TINY else [128, 224, 320])
 def test_resolution(benchmark, ceilings, size: int) -> None:
-    batch = min(BATCH, SWEEP_BATCH)
     measure_encoder(
-        benchmark, ceilings, "resnet50", batch, size, MASK_RATIO, SWEEP_ROUNDS, kind="sweep", sweep="resolution"
+        benchmark, ceilings, "resnet50", SWEEP_BATCH, size, MASK_RATIO, SWEEP_ROUNDS, kind="sweep", sweep="resolution"
     )  # fmt: skip

@@ -14,7 +14,7 @@ from bench.settings import TINY
 
 @dataclass(frozen=True)
 class Ceilings:
-    """gemm: FLOP/s of the faster of a large matrix product and a large dense convolution. copy: bytes/s, read + write."""
+    """gemm: FLOP/s of a large matrix product or dense convolution, the faster. copy: bytes/s, read and written."""
 
     gemm: float
     copy: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 from pathlib import Path
@@ -22,6 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
     keep = getattr(spark_fast, "keep_memory", None)
     if settings.ALLOCATOR == "kept" and keep is not None:
         keep()  # freed memory stays in the process: both sides profit, dense more
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # what the imports made is never garbage: each case's collection looks at its own objects only
 
 
 def _allocator() -> str:

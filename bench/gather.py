@@ -1,4 +1,4 @@
-"""What plain PyTorch can do with packed rows: gather each patch with its halo into a tile, then dense ops on the tiles."""
+"""What plain PyTorch can do with packed rows: gather each patch with its halo into a tile, dense ops on the tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One case: prove every side's result, then time the sides in turns, then note medians, rates and the share of the floor."""
+"""One case: prove every side's result, time the sides in turns, note medians, rates and the share of the floor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WANTED = {"grad_input": (0,), "grad_weight": (1,)}  # inputs whose gradients a d
 MAPS = {"forward": 1, "grad_input": 1, "backward": 1, "all": 2}  # leading results of a direction that are maps
 
 
-class WrongResult(AssertionError):
+class WrongResultError(AssertionError):
     """A side computes something else, so that its time means nothing."""
 
 
@@ -74,11 +74,11 @@ def tolerance(terms: float) -> float:
 
 
 def prove(name: str, ours: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], bound: float) -> None:
-    """WrongResult unless all tensors agree within `bound`."""
+    """WrongResultError unless all tensors agree within `bound`."""
     for mine, true in zip(ours, truth, strict=True):
         gap = float((mine - true).norm() / true.norm().clamp(min=1e-30))
         if not gap <= bound:
-            raise WrongResult(f"{name} is {gap:.2g} away from the truth, more than rounding ({bound:.2g})")
+            raise WrongResultError(f"{name} is {gap:.2g} away from the truth, more than rounding ({bound:.2g})")
 
 
 def run_case(

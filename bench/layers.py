@@ -16,7 +16,7 @@ from spark_fast.ops.conv import conv2d
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution: `side` is a patch's side in pixels of its input. `linear`: written as nn.Linear on (B, H, W, C)."""
+    """A convolution; `side` is a patch's side in pixels of its input. `linear`: nn.Linear on (B, H, W, C)."""
 
     net: str
     side: int

@@ -108,8 +108,10 @@ class PlainDecoder(nn.Module):
 
 
 class PlainDensify(nn.Module):
-    """Norm, fill and projection of dense maps, coarsest first. Batch norms cover the whole map, which only training mode
-    shows; masked statistics would cost more."""
+    """Norm, fill and projection of dense maps, coarsest first.
+
+    Batch norms cover the whole map, which only training mode shows; masked statistics would cost more.
+    """
 
     def __init__(self, densify: sf.Densify):
         super().__init__()

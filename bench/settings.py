@@ -14,10 +14,11 @@ PATCH = 32  # pixels of a mask patch
 GRID = (SIZE // PATCH, SIZE // PATCH)
 
 # A case lasts about this many seconds, within these bounds on the number of rounds.
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 7, 21
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.4, 7, 21
 SAMPLE = 0.002  # seconds; a faster op is repeated within one sample
-NET_ROUNDS = 1 if TINY else 7
-SWEEP_ROUNDS = 1 if TINY else 5
+HEADLINE_ROUNDS = 1 if TINY else 7 if ALLOCATOR == "kept" else 3
+NET_ROUNDS = 1 if TINY else 5
+SWEEP_ROUNDS = 1 if TINY else 3
 
 if ALLOCATOR not in ("kept", "default"):
     raise ValueError(f"SPARK_FAST_BENCH_ALLOCATOR must be 'kept' or 'default'; got {ALLOCATOR!r}")
