@@ -56,7 +56,8 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit_info.clear()
     run = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results"]
+    changed = subprocess.run(status, **run).stdout.strip()
     commit_info["id"] = commit or "unknown"
     commit_info["changed"] = bool(changed)
 
