@@ -20,7 +20,7 @@ class Ceilings:
     copy: float
 
     def floor(self, flops: float, size: float) -> float:
-        """Seconds that no implementation can beat: of the arithmetic or of moving `size` bytes from and to memory."""
+        """Seconds that direct arithmetic, or moving `size` bytes from and to memory, takes at least."""
         return max(flops / self.gemm, size / self.copy)
 
 
