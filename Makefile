@@ -17,9 +17,12 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/cpu.json
-	$(BIN)/python bench/report.py
+BENCH := $(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds --benchmark-json
+
+bench: $(VENV)/.installed-bench
+	$(BENCH)=bench/results/cpu.json
+	SPARK_FAST_BENCH_ALLOCATOR=default $(BENCH)=bench/results/cpu-default-allocator.json -k headline
+	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,51 +1,115 @@
-"""Turns saved results into the benchmark table of the README: `python bench/report.py [--check]`.
+"""Turns saved results into docs/performance.md, its plot and the README's table: `python -m bench.report [--check]`.
 
-The table stands between two markers; nothing in it is typed by hand. `--check` only compares (exit status 1 if the
-README is out of date).
+Tables stand between markers; prose around them stays, and no number in a table is typed by hand. `--check` only
+compares (exit status 1, naming what is out of date) and needs no matplotlib.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
+from bench import plot, sweeps, tables
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench" / "results" / "cpu.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmark table: made by bench/report.py -->", "<!-- end of benchmark table -->"
+MARKERS = re.compile(r"(<!-- table: ([a-z -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+README_BEGIN, README_END = "<!-- benchmark table: made by bench/report.py -->", "<!-- end of benchmark table -->"
+RESULTS = ("cpu.json", "cpu-default-allocator.json")
+PLOT = "docs/mask_ratio.svg"
 
 
-def table(result: dict) -> str:
-    """The Markdown table and its provenance."""
-    lines = [
-        "| encoder, forward + backward | batch | dense, masked (ms) | sparse (ms) | gain |",
-        "|---|---|---|---|---|",
-    ]
-    for case in result["benchmarks"]:
-        info = case["extra_info"]
-        lines.append(
-            f"| {info['model']}, {info['img_size']} px, mask ratio {info['mask_ratio']}, {info['dtype']} "
-            f"| {info['batch']} | {info['dense_ms']:.0f} | {info['sparse_ms']:.0f} | {info['ratio']:.2f}x |"
-        )
-    machine, rounds = result["machine_info"], result["benchmarks"][0]["extra_info"]["rounds"]
-    provenance = (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}, "
-        f"Python {machine['python']}, {result['datetime'][:10]}, commit {result['commit_info']['id']}; medians of "
-        f"{rounds} alternating rounds in one process."
-    )
-    lines += ["", provenance]
-    return "\n".join(lines)
+def load(root: Path, name: str) -> dict | None:
+    path = root / "bench" / "results" / name
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def main(check: bool) -> int:
-    readme = README.read_text()
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{table(json.loads(RESULT.read_text()))}\n{END}{tail}"
+def tidy(path: Path) -> None:
+    """Writes a result with one line per case: small, and a change shows as a change of that line."""
+    if path.exists():
+        result = json.loads(path.read_text())
+        lines = ",\n".join(json.dumps(case) for case in result.pop("benchmarks"))
+        head = json.dumps(result, indent=1).removesuffix("\n}")
+        path.write_text(f'{head},\n "benchmarks": [\n{lines}\n ]\n}}\n')
+
+
+def sections(result: dict | None, default: dict | None) -> dict[str, str]:
+    """The generated parts of docs/performance.md by name; `default`: the results with the default allocator."""
+    mask_ratio = sweeps.mask_ratio(result)
+    if sweeps.series(result):
+        mask_ratio += f"\n\n![time against mask ratio]({Path(PLOT).name})\n\n" + sweeps.times(result)
+    return {
+        "provenance": tables.provenance(result),
+        "encoders": tables.encoders(result),
+        "steps": tables.steps(result),
+        "default allocator": "\n\n".join(
+            (tables.encoders(default), tables.steps(default), tables.provenance(default)) if default
+            else (tables.NOT_MEASURED,)
+        ),
+        "parts": tables.modules(result),
+        "memory": tables.memory(result),
+        "mask ratio": mask_ratio,
+        "linear": sweeps.linear(result),
+        "convolution": tables.layers(result, "conv"),
+        "depthwise": tables.layers(result, "depthwise"),
+        "other ops": tables.figures(result, "batch", "layer", "pool", "densify", "patch_loss"),
+        "spconv": tables.spconv(result),
+        "losses": tables.losses(result),
+        "figures": tables.figures(result, "conv", "depthwise"),
+    }  # fmt: skip
+
+
+def readme_table(result: dict | None) -> str:
+    """Encoders and steps, short."""
+    rows = []
+    for kind, words in (("encoder", "encoder of {}, forward + backward"), ("step", "training step of {}")):
+        for info in tables.cases(result, kind):
+            times = [tables.ms(info["ms"][side]) for side in ("dense", "sparse")]
+            rows.append([words.format(info["net"]), *times, tables.gain(info["ratio"]["dense"])])
+    where = ""
+    for first in tables.cases(result, "encoder")[:1]:
+        where = f"Batch {first['batch']}, {first['img_size']} px, mask ratio {first['mask_ratio']}; "
+    heads = ["", "dense, masked (ms)", "sparse (ms)", "gain"]
+    return f"{tables.table(heads, rows)}\n\n{where}{tables.provenance(result)}"
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """`text` with the parts between their markers; KeyError for a marker that nothing fills, or the other way round."""
+    names = [match[1] for match in MARKERS.findall(text)]
+    if sorted(names) != sorted(parts):
+        raise KeyError(f"markers {sorted(names)} do not fit the tables {sorted(parts)}")
+    return MARKERS.sub(lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}", text)
+
+
+def outputs(root: Path) -> dict[Path, str]:
+    """What each generated text file must hold."""
+    result, default = (load(root, name) for name in RESULTS)
+    performance, readme = root / "docs" / "performance.md", root / "README.md"
+    head, rest = readme.read_text().split(README_BEGIN)
+    _, tail = rest.split(README_END)
+    return {
+        performance: filled(performance.read_text(), sections(result, default)),
+        readme: f"{head}{README_BEGIN}\n{readme_table(result)}\n{README_END}{tail}",
+    }
+
+
+def main(check: bool, root: Path = ROOT) -> int:
+    result, picture = load(root, RESULTS[0]), root / PLOT
+    wanted = outputs(root)
+    stale = [path for path, text in wanted.items() if path.read_text() != text]
+    if sweeps.series(result) and (not picture.exists() or plot.digest(result) not in picture.read_text()):
+        stale.append(picture)
     if check:
-        return int(new != readme)
-    README.write_text(new)
+        for path in stale:
+            print(f"{path} is not what the saved results say: run `python -m bench.report`")
+        return int(bool(stale))
+    for name in RESULTS:
+        tidy(root / "bench" / "results" / name)
+    for path, text in wanted.items():
+        path.write_text(text)
+    if sweeps.series(result):
+        plot.draw(result, picture)
     return 0
 
 

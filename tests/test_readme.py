@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -68,7 +69,6 @@ def test_make_targets_exist():
 
 
 def test_benchmark_table_is_the_saved_results():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    assert report.main(check=True) == 0, "run `python bench/report.py`"
+    command = [sys.executable, "-m", "bench.report", "--check"]
+    check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr

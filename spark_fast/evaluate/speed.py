@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,20 +16,60 @@ from spark_fast.encoder import Encoder
 from spark_fast.patches import ActivePatches
 from spark_fast.tensor import SparseTensor
 
+BOUND = 1e-4  # of float32 rounding through a whole network, as a share of the largest value
 SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of forward + backward of each round, after warm-up; the two were run alternately."""
+    """Seconds of each round, after warm-up; the two were run alternately.
+
+    Attributes:
+        form: the dense form that was timed; `forms`: each form's seconds in the choice of the fastest.
+    """
 
     sparse: list[float]
     dense: list[float]
+    form: str = "as given"
+    forms: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
         """Median of dense over median of sparse."""
         return statistics.median(self.dense) / statistics.median(self.sparse)
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each run in each of `rounds` rounds after `warmup`; the runs take turns, every other round backwards.
+
+    Python's garbage collector waits until the end, so that it does not stop one side for the other's garbage.
+    """
+    device, times = torch.device(device), {name: [] for name in runs}
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(warmup + rounds):
+            for name in list(runs) if i % 2 == 0 else reversed(list(runs)):
+                seconds = _timed(runs[name], device)
+                if i >= warmup:
+                    times[name].append(seconds)
+    finally:
+        if enabled:
+            gc.enable()
+    return times
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 class MaskedDense(nn.Module):
@@ -43,10 +84,14 @@ class MaskedDense(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
         self.active = active[:, None].to(next(encoder.parameters()).dtype)  # (B, 1, gh, gw)
+        self.share = self.active.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
         self.masks: dict[torch.Size, torch.Tensor] = {}
         for module in self.encoder.modules():
-            if isinstance(module, SPATIAL) and module.kernel_size not in (1, (1, 1)):
+            excites = type(module).__name__ == "SqueezeExcite"
+            if excites or (isinstance(module, SPATIAL) and module.kernel_size not in (1, (1, 1))):
                 module.register_forward_pre_hook(lambda module, inputs: (self.mask(inputs[0]), *inputs[1:]))
+            if excites:  # its mean is over the active pixels
+                module.conv_reduce.register_forward_pre_hook(lambda module, inputs: (inputs[0] / self.share,))
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[2:]
@@ -59,59 +104,98 @@ class MaskedDense(nn.Module):
         return [self.mask(m) for m in maps]
 
 
-def compare_with_dense(encoder: Encoder, images: torch.Tensor, active: torch.Tensor, rounds: int = 7) -> Speed:
+def compare_with_dense(
+    encoder: Encoder,
+    images: torch.Tensor,
+    active: torch.Tensor,
+    rounds: int = 7,
+    forms: Mapping[str, Encoder] | None = None,
+) -> Speed:
     """Times the encoder's forward + backward against `MaskedDense` in training mode, after proving them equal.
 
     Args:
         encoder: the encoder; it is left as it was, but for its gradients.
         images: (B, C, H, W) on the encoder's device.
         active: bool (B, gh, gw), the same number of patches in each image.
-        rounds: timed rounds, after two for warm-up.
+        rounds: timed rounds, after one for warm-up and the proof.
+        forms: ways to write the same network dense, with the same weights, by name; default: the encoder's own. Each is
+            proven, and the fastest is the one compared with.
 
     Raises:
-        RuntimeError: the feature maps differ by more than rounding, so that a time would mean nothing.
+        RuntimeError: feature maps or gradients differ by more than rounding, so that a time would mean nothing.
     """
     encoder = copy.deepcopy(encoder)
-    dense = MaskedDense(encoder, active)
+    dense = {name: MaskedDense(form, active) for name, form in (forms or {"as given": encoder}).items()}
+    prove_equal(encoder, dense, images, active)
     per_image = ActivePatches(active).per_image
     channels_last = images.contiguous(memory_format=torch.channels_last)
-    _prove_equal(encoder, dense, images, active)
 
     def run_sparse() -> None:
         patches = ActivePatches(active, per_image)
         maps = encoder(SparseTensor.from_dense(images, patches))
         sum(m.features.square().mean() for m in maps).backward()
 
-    def run_dense() -> None:
-        sum(m.square().mean() for m in dense(channels_last)).backward()
+    def run_dense(form: str) -> None:
+        sum(m.square().mean() for m in dense[form](channels_last)).backward()
 
     encoder.train()
-    dense.train()
-    times = Speed([], [])
-    for i in range(rounds + 2):
-        for run, series in ((run_sparse, times.sparse), (run_dense, times.dense)):
-            seconds = _timed(run, images.device)
-            if i >= 2:
-                series.append(seconds)
-    return times
+    for model in dense.values():
+        model.train()
+    runs = {name: lambda name=name: run_dense(name) for name in dense}
+    best, seconds = fastest(runs, images.device)
+    times = alternate({"sparse": run_sparse, "dense": runs[best]}, rounds, 1, images.device)
+    return Speed(times["sparse"], times["dense"], best, seconds)
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def fastest(
+    runs: Mapping[str, Callable[[], object]], device: torch.device | str = "cpu", rounds: int = 1
+) -> tuple[str, dict[str, float]]:
+    """The name of the fastest run, and each one's median seconds; where there is no choice nothing is timed."""
+    if len(runs) == 1:
+        return next(iter(runs)), {}
+    times = alternate(runs, rounds, 1, device)
+    medians = {name: statistics.median(series) for name, series in times.items()}
+    return min(medians, key=medians.get), medians
 
 
-@torch.no_grad()
-def _prove_equal(encoder: Encoder, dense: MaskedDense, images: torch.Tensor, active: torch.Tensor) -> None:
+def prove_equal(
+    encoder: Encoder, dense: Mapping[str, MaskedDense], images: torch.Tensor, active: torch.Tensor
+) -> dict[str, float]:
+    """Compares feature maps and parameters' gradients in evaluation mode, where dense batch norms mean the same.
+
+    Returns:
+        the largest distance of "maps" and of "gradients", as shares of the largest value of each tensor.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
     encoder.eval()
-    dense.eval()
-    sparse = encoder(SparseTensor.from_dense(images, ActivePatches(active)))
-    for ours, theirs in zip(sparse, dense(images), strict=True):
-        distance = (ours.to_dense() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)
-        if not distance < 1e-3:
-            raise RuntimeError(f"sparse and dense feature maps differ by {distance:.2g} of the largest value")
+    maps = encoder(SparseTensor.from_dense(images, ActivePatches(active)))
+    ours = _gradients(encoder, [m.features for m in maps])
+    found: dict[str, list[float]] = {"maps": [], "gradients": []}
+    for model in dense.values():
+        model.eval()
+        truth = model(images.contiguous(memory_format=torch.channels_last))
+        gradients = _gradients(model.encoder, truth)
+        found["maps"] += [distance(m.to_dense(), t) for m, t in zip(maps, truth, strict=True)]
+        found["gradients"] += [distance(g.view_as(t), t) for g, t in zip(ours, gradients, strict=True)]
+    for name, distances in found.items():
+        wrong = [d for d in distances if not d < BOUND]  # NaN is wrong too
+        if wrong:
+            raise RuntimeError(
+                f"sparse and dense {name} differ by {wrong[0]:.2g} of the largest value, more than rounding ({BOUND}); "
+                "a time would mean nothing"
+            )
+    return {name: max(distances) for name, distances in found.items()}
+
+
+def _gradients(model: nn.Module, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    # Scaled so that each map weighs the same however large it is: both sides divide by the same sums, up to rounding.
+    loss = sum(m.square().sum() / m.detach().square().sum().clamp(min=1e-30) for m in maps)
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [g for g in found if g is not None]
+
+
+def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest difference as a share of the largest true value; NaN where one of them is not finite."""
+    return float((ours - truth).detach().abs().max() / truth.detach().abs().max().clamp(min=1e-30))

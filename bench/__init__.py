@@ -1,0 +1,1 @@
+"""Benchmarks of the package: `make bench` measures, `python -m bench.report` writes the tables."""

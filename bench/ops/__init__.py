@@ -1,0 +1,1 @@
+"""Benchmarks of single ops: forward, grad-input and grad-weight apart."""
