@@ -69,32 +69,28 @@ struct Pairs {
 template <typename T>
 void pack(const Panels& panels, int64_t taps, bool transposed, const T* weight, int64_t panel, int64_t k, int64_t depth,
           T* packed) {
-  constexpr int64_t C = panel_width<T>();
-  const int64_t used = panels.used(panel), first = panels.first(panel), group = panels.group(panel);
+  constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
+  const int64_t used = panels.used(panel), first = panels.first(panel), size = panels.depth * panels.width * taps;
   const int64_t inner = transposed ? panels.width : panels.depth;  // the weight's dimension 1
-  weight += group * panels.depth * panels.width * taps;
-  if (!transposed) {  // weight [width, depth, taps]: a column of the panel is one run of depth * taps
-    constexpr int64_t B = 16;
-    for (int64_t c = 0; c < C; c += B) {
+  weight += panels.group(panel) * size;
+  Vec<T> m[L];
+  for (int64_t c = 0; c < C; c += L) {
+    if (transposed) {  // weight [depth, width, taps]
       for (int64_t j = 0; j < depth; ++j) {
-        for (int64_t t = 0; t < taps; ++t) {
-          T* const to = packed + (t * depth + j) * C + c;
-          const T* const from = weight + ((first + c) * inner + k + j) * taps + t;
-          if (c + B <= used)
-            for (int64_t i = 0; i < B; ++i) to[i] = from[i * inner * taps];
-          else
-            for (int64_t i = 0; i < B && c + i < C; ++i) to[i] = c + i < used ? from[i * inner * taps] : T(0);
+        const T* const from = weight + ((k + j) * inner + first + c) * taps;
+        for (int64_t t = 0; t < taps; t += L) {
+          const int64_t count = std::min(L, taps - t);
+          load_columns(from + t, taps, used - c, count, weight + size, m);
+          for (int64_t i = 0; i < count; ++i) store(packed + ((t + i) * depth + j) * C + c, m[i]);
         }
       }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < depth; ++j) {  // weight [depth, width, taps]: a row of the panel is one run of used * taps
-    const T* const from = weight + ((k + j) * inner + first) * taps;
-    for (int64_t t = 0; t < taps; ++t) {
-      T* const to = packed + (t * depth + j) * C;
-      for (int64_t c = 0; c < used; ++c) to[c] = from[c * taps + t];
-      for (int64_t c = used; c < C; ++c) to[c] = T(0);
+    } else {  // weight [width, depth, taps]: a column of the panel is one run of depth * taps
+      const T* const from = weight + ((first + c) * inner + k) * taps;
+      for (int64_t r = 0; r < depth * taps; r += L) {
+        const int64_t count = std::min(L, depth * taps - r);
+        load_columns(from + r, inner * taps, used - c, count, weight + size, m);
+        for (int64_t i = 0; i < count; ++i) store(packed + ((r + i) % taps * depth + (r + i) / taps) * C + c, m[i]);
+      }
     }
   }
 }
@@ -205,7 +201,7 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
     });
     if (g.rows()) {
 #pragma omp for schedule(static)
-      for (int64_t o = 0; o < s.query_channels; ++o) gradient.finish(o, weight);
+      for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit, weight);
     }
   }
 }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "simd.h"
+#include "transpose.h"
 
 namespace spark {
 namespace SPARK_ISA {
@@ -96,19 +96,6 @@ struct BiasRow {
     if (bias) std::copy_n(bias + column, used, values);
   }
 };
-
-// to[j * ldt + i] = from[i * ldf + j] for i < rows <= ldt, j < columns; the rest of each row of `to` up to ldt is 0.
-template <typename T>
-inline void transpose(const T* from, int64_t ldf, int64_t rows, int64_t columns, T* to, int64_t ldt) {
-  constexpr int64_t B = 8;
-  for (int64_t j = 0; j < columns; j += B) {
-    const int64_t width = std::min(B, columns - j);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < width; ++k) to[(j + k) * ldt + i] = from[i * ldf + j + k];
-    for (int64_t k = 0; k < width; ++k)
-      for (int64_t i = rows; i < ldt; ++i) to[(j + k) * ldt + i] = T(0);
-  }
-}
 
 }  // namespace SPARK_ISA
 }  // namespace spark

@@ -32,7 +32,7 @@ int64_t rows_per_item(int64_t rows, int64_t panels, int64_t threads) {
 template <typename T>
 void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, const T* weight, bool transposed,
                     const T* bias, T* y, int threads) {
-  constexpr int64_t C = panel_width<T>();
+  constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
   const Panels panels(depth, width, 1, C);
   const int64_t chunk = rows_per_item(rows, panels.total, threads), chunks = (rows + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
@@ -56,7 +56,13 @@ void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, cons
             for (int64_t c = 0; c < C; ++c) packed[j * C + c] = c < used ? from[c] : T(0);
           }
         } else {  // weight (width, depth)
-          transpose(weight + column * depth + k, depth, used, part, packed.data(), C);
+          for (int64_t j = 0; j < part; j += L) {
+            for (int64_t c = 0; c < C; c += L) {
+              Vec<T> m[L];
+              load_columns(weight + (column + c) * depth + k + j, depth, used - c, part - j, weight + width * depth, m);
+              for (int64_t i = 0; i < std::min<int64_t>(L, part - j); ++i) store(packed.data() + (j + i) * C + c, m[i]);
+            }
+          }
         }
         const T* from = x + begin * depth + k;
         multiply<T>(
@@ -85,7 +91,7 @@ void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, 
     for (int64_t item = 0; item < gradient.items(); ++item)
       gradient.run(item, 0, rows, chunks, grad, x, pairs, left, right);
 #pragma omp for schedule(static)
-    for (int64_t o = 0; o < width; ++o) gradient.finish(o, weight);
+    for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit, weight);
   }
 }
 

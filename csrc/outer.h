@@ -158,29 +158,37 @@ class WeightGradient {
     }
   }
 
-  // Writes the rows of output channel `o` of the weight [query channels, source channels / groups, taps].
-  void finish(int64_t o, T* weight) const {
-    constexpr int64_t C = panel_width<T>();
-    const int64_t block = o % width_ / height_, m = o % width_ % height_, per = groups_ / s_.groups;
-    std::vector<T> row(C);
-    for (int64_t group = o / width_ * per; group < (o / width_ + 1) * per; ++group) {
-      const Range range = panels_of(group);
-      for (int64_t panel = range.first; panel < range.last; ++panel) {
-        T* const to = weight + (o * panels_.width + panels_.first(panel)) * taps_;
-        for (int64_t tap = 0; tap < taps_; ++tap) {
-          const T* from = sums_.get() + (block * groups_ + group) * splits_ * size_ +
-                          (((panel - range.first) * taps_ + tap) * height_ + m) * C;
-          std::copy_n(from, C, row.data());
-          for (int64_t split = 1; split < splits_; ++split)
-            for (int64_t c = 0; c < C; ++c) row[c] += from[split * size_ + c];
-          for (int64_t c = 0; c < panels_.used(panel); ++c) to[c * taps_ + tap] = row[c];
+  // The weight [query channels, source channels / groups, taps] is written in units of a few rows of one panel, along
+  // which the sums lie one after another.
+  int64_t units() const { return items_ / splits_ * group_ * slices(); }
+
+  void finish(int64_t unit, T* weight) const {
+    constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
+    const int64_t item = unit / slices() / group_, group = item % groups_, first = item / groups_ * height_;
+    const int64_t begin = unit % slices() * kSlice, end = std::min({begin + kSlice, height_, width_ - first});
+    const Range range = panels_of(group);
+    const int64_t panel = range.first + unit / slices() % group_;
+    if (panel >= range.last) return;
+    const T* const sums = sums_.get() + item * splits_ * size_ + (panel - range.first) * taps_ * height_ * C;
+    for (int64_t m = begin; m < end; ++m) {
+      T* const to = weight + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_;
+      for (int64_t c = 0; c < panels_.used(panel); c += L) {
+        for (int64_t t = 0; t < taps_; t += L) {
+          const int64_t count = std::min(L, taps_ - t);
+          Vec<T> sum[L] = {};
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t split = 0; split < splits_; ++split)
+              sum[i] += load(sums + split * size_ + ((t + i) * height_ + m) * C + c);
+          store_columns(sum, taps_, panels_.used(panel) - c, count, to + c * taps_ + t);
         }
       }
     }
   }
 
  private:
-  static constexpr int64_t kHeight = 16 * kOuterRows, kGroup = 4, kItems = 32;
+  static constexpr int64_t kHeight = 16 * kOuterRows, kGroup = 4, kItems = 32, kSlice = 16;
+
+  int64_t slices() const { return (height_ + kSlice - 1) / kSlice; }
 
   struct Range {
     int64_t group, first, last;  // of channels; panels

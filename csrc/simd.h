@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifndef SPARK_ISA
 #define SPARK_ISA portable
@@ -23,6 +24,8 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 template <typename T>
 struct Vector {
   typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> integer;
+  typedef integer index __attribute__((vector_size(kVectorBytes)));
   static constexpr int lanes = kVectorBytes / sizeof(T);
 };
 

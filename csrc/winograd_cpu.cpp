@@ -16,26 +16,6 @@ namespace {
 constexpr int64_t kTileBlock = 48;         // tiles that go through forward together
 constexpr int64_t kManyWeights = 1 << 22;  // transformed weights beyond which larger blocks save reading them
 
-template <typename T>
-using Vec = typename Vector<T>::type;
-
-// A vector of the first `count` values, the rest 0.
-template <typename T>
-inline Vec<T> load_part(const T* from, int64_t count) {
-  if (count >= Vector<T>::lanes) return load(from);
-  T values[Vector<T>::lanes] = {};
-  std::copy_n(from, count, values);
-  return load(values);
-}
-
-template <typename T>
-inline void store_part(T* to, const Vec<T>& v, int64_t count) {
-  if (count >= Vector<T>::lanes) return store(to, v);
-  T values[Vector<T>::lanes];
-  store(values, v);
-  std::copy_n(values, count, to);
-}
-
 // B' d B
 template <typename V>
 inline void transform_source(V (&d)[16]) {
@@ -175,27 +155,36 @@ constexpr int64_t apart(int64_t size) {
   return size + Vector<T>::lanes;
 }
 
+// g[t][c] = from[c * stride + t] for the 9 taps of `used` channels.
+template <typename T>
+inline void load_taps(const T* from, int64_t stride, int64_t used, const T* end, Vec<T> (&g)[9]) {
+  constexpr int64_t L = Vector<T>::lanes;
+  for (int64_t t = 0; t < 9; t += L) {
+    Vec<T> m[L];
+    load_columns(from + t, stride, used, std::min(L, 9 - t), end, m);
+    std::copy_n(m, std::min(L, 9 - t), g + t);
+  }
+}
+
 // The transformed weight as [panels, 16, source channels, panel]. See conv_gather for `transposed`, which also turns
 // the kernel by 180 degrees.
 template <typename T>
 void pack_weight(const ConvShape& s, const Panels& panels, bool transposed, const T* weight, T* packed) {
   constexpr int64_t C = panel_width<T>();
   constexpr int L = Vector<T>::lanes;
-  T taps[9 * C];
+  const T* const end = weight + s.width() * panels.depth * 9;
 #pragma omp for collapse(2) schedule(static)
   for (int64_t panel = 0; panel < panels.total; ++panel) {
     for (int64_t k = 0; k < panels.depth; ++k) {
       const int64_t first = panels.group(panel) * panels.width + panels.first(panel), used = panels.used(panel);
-      for (int64_t c = 0; c < C; ++c) {
+      for (int64_t c = 0; c < C; c += L) {
         const T* const from =
             transposed ? weight + (k * s.width() + first + c) * 9 : weight + ((first + c) * panels.depth + k) * 9;
-        for (int64_t t = 0; t < 9; ++t) taps[t * C + c] = c < used ? from[transposed ? 8 - t : t] : T(0);
-      }
-      for (int n = 0; n < 2; ++n) {
         Vec<T> g[9], u[16];
-        for (int t = 0; t < 9; ++t) g[t] = load(taps + t * C + n * L);
+        load_taps(from, transposed ? 9 : panels.depth * 9, used - c, end, g);
+        if (transposed) std::reverse(g, g + 9);
         transform_weight(g, u);
-        for (int i = 0; i < 16; ++i) store(packed + ((panel * 16 + i) * panels.depth + k) * C + n * L, u[i]);
+        for (int i = 0; i < 16; ++i) store(packed + ((panel * 16 + i) * panels.depth + k) * C + c, u[i]);
       }
     }
   }
@@ -406,10 +395,10 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
           for (int64_t i = 0; i < 16; ++i)
             sum[i] = load(sums.data() + ((i * panels.total + panel) * block.height + o) * C + c);
           transform_sum(sum, taps);
-          for (int64_t t = 0; t < 9; ++t) {
-            T values[L];
-            store(values, taps[t]);
-            for (int64_t k = 0; k < L && c + k < panels.used(panel); ++k) to[(c + k) * 9 + t] = values[k];
+          for (int64_t t = 0; t < 9; t += L) {
+            Vec<T> m[L] = {};
+            std::copy_n(taps + t, std::min(L, 9 - t), m);
+            store_columns(m, 9, panels.used(panel) - c, std::min(L, 9 - t), to + c * 9 + t);
           }
         }
       }
