@@ -175,7 +175,8 @@ class WeightGradient {
       for (int64_t c = 0; c < panels_.used(panel); c += L) {
         for (int64_t t = 0; t < taps_; t += L) {
           const int64_t count = std::min(L, taps_ - t);
-          Vec<T> sum[L] = {};
+          Vec<T> sum[L];
+          std::fill_n(sum, L, Vec<T>{});
           for (int64_t i = 0; i < count; ++i)
             for (int64_t split = 0; split < splits_; ++split)
               sum[i] += load(sums + split * size_ + ((t + i) * height_ + m) * C + c);
