@@ -12,6 +12,8 @@ struct ConvShape {
   int64_t groups;
 };
 
+enum class Activation { none, relu, relu6 };
+
 constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolded into one long row
 
 // The same kernels in one namespace per instruction set; see simd.h.
@@ -65,6 +67,24 @@ constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolde
   template <typename T>                                                                                               \
   void max_pool_grad_input(const Geometry& g, int64_t channels, const T* grad, const int16_t* argmax, T* query,       \
                            int threads);                                                                              \
+  /* y = activation(batch norm of x [rows, channels]). In training mean and rstd [channels] are the batch's, and the */\
+  /* running statistics (each may be null) are updated; else they come from those. */                                  \
+  template <typename T>                                                                                                \
+  void batch_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias,                  \
+                          T* running_mean, T* running_var, bool training, double momentum, double eps,                 \
+                          Activation, T* y, T* mean, T* rstd, int threads);                                            \
+  /* dx may be null. */                                                                                                \
+  template <typename T>                                                                                                \
+  void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* bias,    \
+                           const T* mean, const T* rstd, bool training, Activation, T* dx, T* dweight, T* dbias,       \
+                           int threads);                                                                               \
+  /* Over the channels of each row; mean and rstd [rows]. */                                                           \
+  template <typename T>                                                                                                \
+  void layer_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias, double eps,      \
+                          T* y, T* mean, T* rstd, int threads);                                                        \
+  template <typename T>                                                                                                \
+  void layer_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* mean,    \
+                           const T* rstd, T* dx, T* dweight, T* dbias, int threads);                                   \
   }
 
 SPARK_DECLARE_KERNELS(portable)
