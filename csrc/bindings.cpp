@@ -210,6 +210,49 @@ void max_pool_grad_input(const py::tuple& where, int64_t element_size, int64_t c
   });
 }
 
+void batch_norm_forward(int64_t element_size, int64_t rows, int64_t channels, Address x, Address weight, Address bias,
+                        Address running_mean, Address running_var, bool training, double momentum, double eps,
+                        int activation, Address y, Address mean, Address rstd, int threads) {
+  const auto act = static_cast<spark::Activation>(activation);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(batch_norm_forward<T>(rows, channels, at<const T>(x), at<const T>(weight), at<const T>(bias),
+                                         at<T>(running_mean), at<T>(running_var), training, momentum, eps, act,
+                                         at<T>(y), at<T>(mean), at<T>(rstd), threads));
+  });
+}
+
+void batch_norm_backward(int64_t element_size, int64_t rows, int64_t channels, Address dy, Address x, Address weight,
+                         Address bias, Address mean, Address rstd, bool training, int activation, Address dx,
+                         Address dweight, Address dbias, int threads) {
+  const auto act = static_cast<spark::Activation>(activation);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(batch_norm_backward<T>(rows, channels, at<const T>(dy), at<const T>(x), at<const T>(weight),
+                                          at<const T>(bias), at<const T>(mean), at<const T>(rstd), training, act,
+                                          at<T>(dx), at<T>(dweight), at<T>(dbias), threads));
+  });
+}
+
+void layer_norm_forward(int64_t element_size, int64_t rows, int64_t channels, Address x, Address weight, Address bias,
+                        double eps, Address y, Address mean, Address rstd, int threads) {
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(layer_norm_forward<T>(rows, channels, at<const T>(x), at<const T>(weight), at<const T>(bias), eps,
+                                         at<T>(y), at<T>(mean), at<T>(rstd), threads));
+  });
+}
+
+void layer_norm_backward(int64_t element_size, int64_t rows, int64_t channels, Address dy, Address x, Address weight,
+                         Address mean, Address rstd, Address dx, Address dweight, Address dbias, int threads) {
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(layer_norm_backward<T>(rows, channels, at<const T>(dy), at<const T>(x), at<const T>(weight),
+                                          at<const T>(mean), at<const T>(rstd), at<T>(dx), at<T>(dweight),
+                                          at<T>(dbias), threads));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -239,6 +282,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_grad_weight", &linear_grad_weight);
   m.def("depthwise_gather", &depthwise_gather);
   m.def("depthwise_grad_weight", &depthwise_grad_weight);
+  m.def("batch_norm_forward", &batch_norm_forward);
+  m.def("batch_norm_backward", &batch_norm_backward);
+  m.def("layer_norm_forward", &layer_norm_forward);
+  m.def("layer_norm_backward", &layer_norm_backward);
   m.def("max_pool_forward", &max_pool_forward);
   m.def("max_pool_grad_input", &max_pool_grad_input);
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from spark_fast.ops.conv import dense_conv2d, up_conv2d
 from spark_fast.ops.linear import linear
+from spark_fast.ops.norm import batch_norm_dense
 
 
 class DenseConv2d(nn.Conv2d):
@@ -38,7 +39,16 @@ class UpBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
         x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
-        return conv[1:](x)
+        x = conv[3](_norm(x, conv[1], "relu6"))  # conv[2] is the ReLU6
+        return _norm(x, conv[4])
+
+
+def _norm(x: torch.Tensor, norm: nn.BatchNorm2d, activation: str | None = None) -> torch.Tensor:
+    """What `norm` computes, followed by the activation, in one pass over channels-last memory."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    running = (norm.running_mean, norm.running_var)
+    return batch_norm_dense(x, *running, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps, activation)
 
 
 class Decoder(nn.Module):

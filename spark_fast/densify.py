@@ -13,12 +13,12 @@ from spark_fast.tensor import SparseTensor
 
 
 class PixelProjection(nn.Conv2d):
-    """nn.Conv2d with a 1x1 kernel, of a sparse map (its active pixels), or of rows (N, C)."""
+    """nn.Conv2d with a 1x1 kernel, which also takes packed rows (N, C)."""
 
-    def forward(self, input: SparseTensor | torch.Tensor) -> SparseTensor | torch.Tensor:
-        if isinstance(input, SparseTensor):
-            return input.with_features(self(input.features))
-        return linear(input, self.weight.flatten(1), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dim() == 2:
+            return linear(input, self.weight.flatten(1), self.bias)
+        return super().forward(input)
 
 
 class Densify(nn.Module):

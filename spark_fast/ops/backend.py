@@ -25,7 +25,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "conv": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
-    "norm": {"cpu": ("library", "reference"), "*": ("library", "reference")},
+    "norm": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
     "densify": {
         "cpu": ("library", "reference"),
         "cuda": ("library", "cuda", "reference"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-from spark_fast.ops import backend
+from spark_fast.ops import backend, checks
 
 
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def batch_norm(
     features: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -17,21 +19,25 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Batch norm with statistics over the rows, that is over the active pixels of the batch only (paper, section 3.1).
 
     Args:
-        features: (N, C) rows.
+        features: (N, C) rows, float16/bfloat16/float32/float64. Statistics are kept in at least float32.
         running_mean, running_var, weight, bias: (C,) or None, as in torch.nn.functional.batch_norm; in training the
             running statistics are updated in place, the variance unbiased.
+        activation: "relu" or "relu6" of the result, which costs nothing here; None for none.
 
     Returns:
-        (N, C).
+        (N, C), the features' dtype.
 
     Raises:
-        ValueError: training with fewer than two active pixels, or evaluating without running statistics.
+        TypeError: an argument is not floating point.
+        ValueError: training with fewer than two active pixels, evaluating without running statistics, an argument of
+            another shape or device, or an unknown activation.
     """
-    _check(features)
+    _check("batch_norm", features)
     if training and features.shape[0] < 2:
         raise ValueError(
             f"batch_norm: training needs at least 2 active pixels in the batch; got {features.shape[0]}. "
@@ -41,16 +47,96 @@ def batch_norm(
         raise ValueError("batch_norm: running_mean and running_var must be given together")
     if not training and running_mean is None:
         raise ValueError("batch_norm: training=False needs running_mean and running_var")
+    if activation not in (None, "relu", "relu6"):
+        raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6'; got {activation!r}")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check_vectors("batch_norm", features, vectors)
     run = backend.select("norm", features.device)
-    return run.batch_norm(features, running_mean, running_var, weight, bias, training, momentum, eps)
+    settings = bool(training), float(momentum), float(eps), activation
+    return BatchNormFunction.apply(features, weight, bias, (running_mean, running_var), settings, run)
 
 
+def batch_norm_dense(
+    images: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`batch_norm` of dense maps (B, C, H, W), whose channels-last pixels are rows; returns (B, C, H, W), channels
+    last. Arguments and errors as for `batch_norm`.
+
+    Raises:
+        ValueError: `images` are not (B, C, H, W).
+    """
+    if images.dim() != 4:
+        raise ValueError(f"batch_norm_dense: images must be (B, C, H, W); got shape {tuple(images.shape)}")
+    rows = images.permute(0, 2, 3, 1)
+    out = batch_norm(
+        rows.reshape(-1, rows.shape[3]), running_mean, running_var, weight, bias, training, momentum, eps, activation
+    )
+    return out.view(rows.shape).permute(0, 3, 1, 2)
+
+
+@torch.compiler.disable
 def layer_norm(
     features: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """Layer norm over the channels of each active pixel: features (N, C), weight and bias (C,) or None -> (N, C)."""
-    _check(features)
-    return backend.select("norm", features.device).layer_norm(features, weight, bias, eps)
+    """Layer norm over the channels of each active pixel: features (N, C), weight and bias (C,) or None -> (N, C).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; the message names it.
+    """
+    _check("layer_norm", features)
+    _check_vectors("layer_norm", features, {"weight": weight, "bias": bias})
+    return LayerNormFunction.apply(features, weight, bias, float(eps), backend.select("norm", features.device))
+
+
+class BatchNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, bias, running, settings, run):
+        training, momentum, eps, activation = settings
+        features = features.contiguous()
+        out, mean, rstd = run.batch_norm_forward(features, weight, bias, *running, training, momentum, eps, activation)
+        # Neither the output nor what goes into the activation is kept: the backward computes it from the features.
+        ctx.save_for_backward(features, weight, bias, mean, rstd)
+        ctx.settings, ctx.run = (training, activation), run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        grads = ctx.run.batch_norm_backward(grad.contiguous(), *saved, *ctx.settings)
+        return *_wanted(ctx, grads, saved), None, None, None
+
+
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, bias, eps, run):
+        features = features.contiguous()
+        out, mean, rstd = run.layer_norm_forward(features, weight, bias, eps)
+        ctx.save_for_backward(features, weight, bias, mean, rstd)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # checkpointing lets them be read once
+        return *_wanted(ctx, ctx.run.layer_norm_backward(grad.contiguous(), *saved), saved), None, None
+
+
+def _wanted(ctx, grads: tuple[torch.Tensor | None, ...], inputs: tuple[torch.Tensor | None, ...]) -> tuple:
+    """The gradients that were asked for, in the dtypes of their inputs."""
+    return tuple(
+        grad.to(at.dtype) if needed else None
+        for grad, at, needed in zip(grads, inputs, ctx.needs_input_grad, strict=False)
+    )
 
 
 def sync_batch_norm(
@@ -70,7 +156,7 @@ def sync_batch_norm(
     """
     from torch.distributed.nn.functional import all_reduce
 
-    _check(features)
+    _check("sync_batch_norm", features)
     rows = features.to(torch.promote_types(features.dtype, torch.float32))
     count = rows.new_full((1,), rows.shape[0])
     totals = all_reduce(torch.cat((rows.sum(0), count)), group=group)
@@ -89,6 +175,25 @@ def sync_batch_norm(
     return out.to(features.dtype)
 
 
-def _check(features: torch.Tensor) -> None:
+def _check(op: str, features: torch.Tensor) -> None:
     if features.dim() != 2:
-        raise ValueError(f"features must be (rows, channels); got shape {tuple(features.shape)}")
+        raise ValueError(f"{op}: features must be (rows, channels); got shape {tuple(features.shape)}")
+    if features.dtype not in checks.FLOATS:
+        raise TypeError(f"{op}: features must be floating point; got {features.dtype}")
+
+
+def _check_vectors(op: str, features: torch.Tensor, vectors: dict[str, torch.Tensor | None]) -> None:
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != features.shape[1:]:
+            raise ValueError(
+                f"{op}: {name} must have one value for each of the {features.shape[1]} channels; got shape "
+                f"{tuple(vector.shape)}"
+            )
+        if vector.dtype not in checks.FLOATS:
+            raise TypeError(f"{op}: {name} must be floating point; got {vector.dtype}")
+        if vector.device != features.device:
+            raise ValueError(
+                f"{op}: {name} is on {vector.device}, the features are on {features.device}; move one with .to()"
+            )

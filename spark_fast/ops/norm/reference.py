@@ -1,27 +1,70 @@
-"""The formulas."""
+"""The formulas, in at least float32."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
-def batch_norm(features, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
+def batch_norm_forward(
+    features, weight, bias, running_mean, running_var, training, momentum, eps, activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, and the mean and the reciprocal deviation (C,) that they were normalised with."""
+    x = features.to(torch.promote_types(features.dtype, torch.float32))
     mean, var = running_mean, running_var
     if training:
-        mean, var = features.mean(0), features.var(0, correction=0)
+        mean, var = x.mean(0), x.var(0, correction=0)
         if running_mean is not None:
-            with torch.no_grad():
-                running_mean.mul_(1 - momentum).add_(momentum * mean)
-                running_var.mul_(1 - momentum).add_(momentum * features.var(0, correction=1))
-    return _affine((features - mean) / torch.sqrt(var + eps), weight, bias)
+            running_mean.mul_(1 - momentum).add_(momentum * mean)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(momentum * x.var(0, correction=1))
+    mean, rstd = mean.to(x.dtype, copy=True), 1 / torch.sqrt(var.to(x.dtype) + eps)
+    out = ACTIVATIONS[activation](_affine((x - mean) * rstd, weight, bias))
+    return out.to(features.dtype), mean, rstd
 
 
-def layer_norm(features, weight, bias, eps) -> torch.Tensor:
-    mean = features.mean(1, keepdim=True)
-    var = features.var(1, correction=0, keepdim=True)
-    return _affine((features - mean) / torch.sqrt(var + eps), weight, bias)
+def batch_norm_backward(
+    grad, features, weight, bias, mean, rstd, training, activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the features, the weight and the bias."""
+    x, grad = features.to(mean.dtype), grad.to(mean.dtype)
+    normal = (x - mean) * rstd
+    grad = torch.where(_passes(_affine(normal, weight, bias), activation), grad, 0)
+    grad_weight, grad_bias = (grad * normal).sum(0), grad.sum(0)
+    inner = grad if weight is None else grad * weight
+    if training:
+        inner = inner - inner.mean(0) - normal * (inner * normal).mean(0)
+    return (inner * rstd).to(features.dtype), grad_weight, grad_bias
+
+
+def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, and the mean and the reciprocal deviation (N, 1) that they were normalised with."""
+    x = features.to(torch.promote_types(features.dtype, torch.float32))
+    mean, rstd = x.mean(1, keepdim=True), 1 / torch.sqrt(x.var(1, correction=0, keepdim=True) + eps)
+    return _affine((x - mean) * rstd, weight, bias).to(features.dtype), mean, rstd
+
+
+def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the features, the weight and the bias."""
+    x, grad = features.to(mean.dtype), grad.to(mean.dtype)
+    normal = (x - mean) * rstd
+    inner = grad if weight is None else grad * weight
+    grad_input = (inner - inner.mean(1, keepdim=True) - normal * (inner * normal).mean(1, keepdim=True)) * rstd
+    return grad_input.to(features.dtype), (grad * normal).sum(0), grad.sum(0)
 
 
 def _affine(x, weight, bias) -> torch.Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+def _passes(y, activation) -> torch.Tensor:
+    """Where an activation of `y` has slope 1, as in PyTorch: not at the kinks, and at NaN."""
+    stops = torch.zeros_like(y, dtype=torch.bool)
+    if activation is not None:
+        stops |= y <= 0
+    if activation == "relu6":
+        stops |= y >= 6
+    return ~stops

@@ -1,0 +1,471 @@
+// Batch norm over rows, with an optional activation, and layer norm over the channels of each row. Sums are kept in the
+// working type over kFold rows at most and in double beyond; the parts are cut by the rows alone and added in order, so
+// that the result does not depend on the threads.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace spark {
+namespace SPARK_ISA {
+namespace {
+
+constexpr int64_t kParts = 64;       // pieces of the rows, each summed by one thread
+constexpr int64_t kLeastRows = 32;   // in a piece
+constexpr int64_t kFold = 128;       // rows summed in the working type
+constexpr int64_t kPivotRows = 8;    // rows whose mean the variance is summed around
+constexpr int64_t kJoinVectors = 4;  // vectors in a joined row, at least
+constexpr int64_t kGroup = 4;        // joined rows that are handled together
+
+template <typename V, typename T>
+inline V get(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename V, typename T>
+inline void put(T* to, const V& v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// Calls body(V{}, c) for each vector of `count` channels, then body(T{}, c) for each of the rest.
+template <typename T, typename Body>
+inline void sweep(int64_t count, Body body) {
+  typedef typename Vector<T>::type V;
+  constexpr int64_t L = Vector<T>::lanes;
+  int64_t c = 0;
+  for (; c + L <= count; c += L) body(V{}, c);
+  for (; c < count; ++c) body(T{}, c);
+}
+
+// Whole rows joined until they fill vectors, so that every number of channels runs in vectors; then cut into parts.
+template <typename T>
+struct Parts {
+  int64_t channels, width, elements, rows, count;  // width: channels of a joined row; rows: joined rows of a part
+
+  Parts(int64_t all, int64_t channels) : channels(channels), elements(all * channels) {
+    constexpr int64_t L = Vector<T>::lanes;
+    const int64_t step = std::max(L, std::lcm(channels, L));  // channels of the fewest rows that fill vectors
+    width = (kJoinVectors * L + step - 1) / step * step;
+    const int64_t joined = (elements + width - 1) / width;
+    rows = std::max(kLeastRows, (joined + kParts - 1) / kParts);
+    count = (joined + rows - 1) / rows;
+  }
+
+  int64_t begin(int64_t part) const { return part * rows * width; }
+  int64_t end(int64_t part) const { return std::min(elements, begin(part + 1)); }
+
+  // A value of each channel as one of each element of a joined row.
+  template <typename From>
+  std::vector<T> joined(From value_of) const {
+    std::vector<T> values(width);
+    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<T>(value_of(c));
+    for (int64_t c = channels; c < width; ++c) values[c] = values[c - channels];
+    return values;
+  }
+};
+
+// first and second += the terms of `N` rows from `row` on. The rows share what is loaded for a channel.
+template <typename T, int N, typename Terms>
+inline void add_group(int64_t row, int64_t width, int64_t count, Terms terms, T* first, T* second) {
+  sweep<T>(count, [=](auto tag, int64_t c) {
+    typedef decltype(tag) V;
+    V a = get<V>(first + c), b = get<V>(second + c);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      V p, q;
+      terms(tag, row + n * width + c, c, p, q);
+      a += p;
+      b += q;
+    }
+    put(first + c, a);
+    put(second + c, b);
+  });
+}
+
+template <typename T, typename Terms>
+SPARK_NOINLINE void add_rows(int64_t row, int64_t end, int64_t width, Terms terms, T* first, T* second) {
+  for (; row + kGroup * width <= end; row += kGroup * width)
+    add_group<T, kGroup>(row, width, width, terms, first, second);
+  for (; row < end; row += width) add_group<T, 1>(row, width, std::min(width, end - row), terms, first, second);
+}
+
+// sums[0] += sums[1] + sums[2] + ..., each `size` long, in this order.
+inline void add_parts(int64_t parts, int64_t size, std::vector<double>& sums) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[part * size + k];
+}
+
+// sums[0, c] and sums[1, c] = sums over the rows of the two values that terms(V{}, element, c, first, second) gives.
+template <typename T, typename Terms>
+std::vector<double> sum_rows(const Parts<T>& parts, Terms terms, int threads) {
+  const int64_t channels = parts.channels, width = parts.width;
+  std::vector<double> sums(std::max<int64_t>(1, parts.count) * 2 * channels);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> first(width), second(width);
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts.count; ++part) {
+      double* const to = sums.data() + part * 2 * channels;
+      for (int64_t begin = parts.begin(part), end; begin < parts.end(part); begin = end) {
+        end = std::min(parts.end(part), begin + kFold * width);
+        std::fill(first.begin(), first.end(), T(0));
+        std::fill(second.begin(), second.end(), T(0));
+        add_rows(begin, end, width, terms, first.data(), second.data());
+        for (int64_t c = 0; c < width; c += channels) {
+          for (int64_t k = 0; k < channels; ++k) to[k] += first[c + k];
+          for (int64_t k = 0; k < channels; ++k) to[channels + k] += second[c + k];
+        }
+      }
+    }
+  }
+  add_parts(parts.count, 2 * channels, sums);
+  return sums;
+}
+
+template <typename T, int N, typename Value>
+inline void write_group(int64_t row, int64_t width, int64_t count, Value value_of, T* out) {
+  sweep<T>(count, [=](auto tag, int64_t c) {
+    decltype(tag) values[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) values[n] = value_of(tag, row + n * width + c, c);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) put(out + row + n * width + c, values[n]);
+  });
+}
+
+template <typename T, typename Value>
+SPARK_NOINLINE void write_rows(int64_t row, int64_t end, int64_t width, Value value_of, T* out) {
+  for (; row + kGroup * width <= end; row += kGroup * width) write_group<T, kGroup>(row, width, width, value_of, out);
+  for (; row < end; row += width) write_group<T, 1>(row, width, std::min(width, end - row), value_of, out);
+}
+
+// out[element] = value_of(V{}, element, c), the last rows first: those are the ones that a sum has left in the cache.
+template <typename T, typename Value>
+void write_all(const Parts<T>& parts, Value value_of, T* out, [[maybe_unused]] int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t left = parts.count; left > 0; --left)
+    write_rows(parts.begin(left - 1), parts.end(left - 1), parts.width, value_of, out);
+}
+
+// NaN passes through both, as it does in PyTorch.
+template <Activation A, typename V>
+inline V activate(V y) {
+  if constexpr (A == Activation::relu) y = y < V{} ? V{} : y;
+  if constexpr (A == Activation::relu6) {
+    const V six = V{} + 6;
+    y = y < V{} ? V{} : y;
+    y = y > six ? six : y;
+  }
+  return y;
+}
+
+template <Activation A, typename V>
+inline V activation_gradient(V y, V dy) {
+  if constexpr (A == Activation::relu) dy = y <= V{} ? V{} : dy;
+  if constexpr (A == Activation::relu6) {
+    const V six = V{} + 6;
+    dy = y <= V{} ? V{} : dy;
+    dy = y >= six ? V{} : dy;
+  }
+  return dy;
+}
+
+// Calls call(constant of the activation).
+template <typename Call>
+void with_activation(Activation activation, Call call) {
+  if (activation == Activation::relu)
+    call(std::integral_constant<Activation, Activation::relu>{});
+  else if (activation == Activation::relu6)
+    call(std::integral_constant<Activation, Activation::relu6>{});
+  else
+    call(std::integral_constant<Activation, Activation::none>{});
+}
+
+// The normalisation as scale * x + shift; forward and backward must agree on it to the last bit.
+template <typename T>
+struct Affine {
+  std::vector<T> scale, shift;
+
+  Affine(const Parts<T>& parts, const T* weight, const T* bias, const T* mean, const T* rstd)
+      : scale(parts.joined([=](int64_t c) { return weight ? weight[c] * rstd[c] : rstd[c]; })),
+        shift(parts.joined([&](int64_t c) { return (bias ? bias[c] : 0.) - double(mean[c]) * scale[c]; })) {}
+};
+
+// Mean and variance of the batch, and the running ones brought up to date.
+template <typename T>
+void batch_statistics(const Parts<T>& parts, int64_t rows, const T* x, double momentum, double eps, T* running_mean,
+                      T* running_var, T* mean, T* rstd, int threads) {
+  const int64_t channels = parts.channels, sampled = std::min(rows, kPivotRows);
+  std::vector<double> sampled_sum(channels);
+  for (int64_t i = 0; i < sampled; ++i) {
+    const T* const row = x + rows * i / sampled * channels;
+    for (int64_t c = 0; c < channels; ++c) sampled_sum[c] += row[c];
+  }
+  const std::vector<T> around = parts.joined([&](int64_t c) { return sampled_sum[c] / sampled; });
+  const T* const pivot = around.data();
+  const std::vector<double> sums = sum_rows(
+      parts,
+      [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
+        typedef decltype(tag) V;
+        first = get<V>(x + i) - get<V>(pivot + c);
+        second = first * first;
+      },
+      threads);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double off = sums[c] / rows, center = pivot[c] + off;
+    const double squares = sums[channels + c] - sums[c] * off, spread = squares < 0 ? 0 : squares;
+    mean[c] = static_cast<T>(center);
+    rstd[c] = static_cast<T>(1 / std::sqrt(spread / rows + eps));
+    if (running_mean) running_mean[c] = static_cast<T>(momentum * center + (1 - momentum) * running_mean[c]);
+    if (running_var) running_var[c] = static_cast<T>(momentum * spread / (rows - 1) + (1 - momentum) * running_var[c]);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void batch_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias, T* running_mean,
+                        T* running_var, bool training, double momentum, double eps, Activation activation, T* y,
+                        T* mean, T* rstd, int threads) {
+  const Parts<T> parts(rows, channels);
+  if (training)
+    batch_statistics(parts, rows, x, momentum, eps, running_mean, running_var, mean, rstd, threads);
+  else
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = running_mean[c];
+      rstd[c] = static_cast<T>(1 / std::sqrt(running_var[c] + eps));
+    }
+  const Affine<T> affine(parts, weight, bias, mean, rstd);
+  const T *scale = affine.scale.data(), *shift = affine.shift.data();
+  with_activation(activation, [&](auto constant) {
+    write_all(
+        parts,
+        [=](auto tag, int64_t i, int64_t c) {
+          typedef decltype(tag) V;
+          return activate<decltype(constant)::value>(V(get<V>(x + i) * get<V>(scale + c) + get<V>(shift + c)));
+        },
+        y, threads);
+  });
+}
+
+template <typename T>
+void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* bias,
+                         const T* mean, const T* rstd, bool training, Activation activation, T* dx, T* dweight,
+                         T* dbias, int threads) {
+  const Parts<T> parts(rows, channels);
+  const Affine<T> affine(parts, weight, bias, mean, rstd);
+  const std::vector<T> centers = parts.joined([=](int64_t c) { return mean[c]; });
+  const T *scale = affine.scale.data(), *shift = affine.shift.data(), *center = centers.data();
+  with_activation(activation, [&](auto constant) {
+    const auto gradient = [=](auto value, auto tag, int64_t i, int64_t c) {
+      typedef decltype(tag) V;
+      const V out = value * get<V>(scale + c) + get<V>(shift + c);
+      return activation_gradient<decltype(constant)::value>(out, get<V>(dy + i));
+    };
+    const std::vector<double> sums = sum_rows(
+        parts,
+        [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
+          typedef decltype(tag) V;
+          const V value = get<V>(x + i);
+          first = gradient(value, tag, i, c);
+          second = first * (value - get<V>(center + c));
+        },
+        threads);
+    for (int64_t c = 0; c < channels; ++c) {
+      dbias[c] = static_cast<T>(sums[c]);
+      dweight[c] = static_cast<T>(sums[channels + c] * rstd[c]);
+    }
+    if (!dx) return;
+    // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat), the statistics being constant in evaluation.
+    const double share = training ? -1. / rows : 0;
+    const std::vector<T> slopes =
+        parts.joined([&](int64_t c) { return share * sums[channels + c] * rstd[c] * rstd[c] * scale[c]; });
+    const std::vector<T> offsets = parts.joined([&](int64_t c) { return share * sums[c] * scale[c]; });
+    const T *slope = slopes.data(), *offset = offsets.data();
+    write_all(
+        parts,
+        [=](auto tag, int64_t i, int64_t c) {
+          typedef decltype(tag) V;
+          const V value = get<V>(x + i), away = value - get<V>(center + c);
+          const V rest = away * get<V>(slope + c) + get<V>(offset + c);
+          return V(gradient(value, tag, i, c) * get<V>(scale + c) + rest);
+        },
+        dx, threads);
+  });
+}
+
+namespace {
+
+// The halves of a vector added until one value is left.
+template <typename T, int Bytes>
+inline T sum_lanes(const T (&lanes)[Bytes / sizeof(T)]) {
+  if constexpr (Bytes == sizeof(T)) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(Bytes / 2)));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof(low));
+    std::memcpy(&high, lanes + Bytes / 2 / sizeof(T), sizeof(high));
+    T rest[Bytes / 2 / sizeof(T)];
+    low += high;
+    std::memcpy(rest, &low, sizeof(low));
+    return sum_lanes<T, Bytes / 2>(rest);
+  }
+}
+
+template <typename T>
+inline T sum_lanes(const typename Vector<T>::type& v) {
+  T lanes[Vector<T>::lanes];
+  store(lanes, v);
+  return sum_lanes<T, kVectorBytes>(lanes);
+}
+
+// first and second = sums over a row's channels of the two values that terms(V{}, c, first, second) gives.
+template <typename T, typename Terms>
+inline void sum_row(int64_t channels, Terms terms, T& first, T& second) {
+  typedef typename Vector<T>::type V;
+  constexpr int64_t L = Vector<T>::lanes;
+  V a[2] = {}, b[2] = {};
+  T rest[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * L <= channels; c += 2 * L)
+    for (int64_t k = 0; k < 2; ++k) {
+      V p, q;
+      terms(V{}, c + k * L, p, q);
+      a[k] += p;
+      b[k] += q;
+    }
+  for (; c + L <= channels; c += L) {
+    V p, q;
+    terms(V{}, c, p, q);
+    a[0] += p;
+    b[0] += q;
+  }
+  for (; c < channels; ++c) {
+    T p, q;
+    terms(T{}, c, p, q);
+    rest[0] += p;
+    rest[1] += q;
+  }
+  first = sum_lanes<T>(a[0] + a[1]) + rest[0];
+  second = sum_lanes<T>(b[0] + b[1]) + rest[1];
+}
+
+// Without a weight it is 1; `body` then need not look.
+template <typename T>
+inline const T* or_ones(const T* weight, int64_t channels, std::vector<T>& ones) {
+  if (!weight) ones.assign(channels, T(1));
+  return weight ? weight : ones.data();
+}
+
+template <typename T>
+SPARK_NOINLINE void layer_norm_row(int64_t channels, const T* x, const T* weight, const T* bias, double eps, T* y,
+                                   T& mean, T& rstd) {
+  T first, second;
+  sum_row<T>(
+      channels,
+      [=](auto tag, int64_t c, auto& p, auto& q) {
+        p = get<decltype(tag)>(x + c);
+        q = tag;
+      },
+      first, second);
+  const T center = first / channels;
+  sum_row<T>(
+      channels,
+      [=](auto tag, int64_t c, auto& p, auto& q) {
+        p = get<decltype(tag)>(x + c) - center;
+        q = p * p;
+      },
+      first, second);
+  const double off = double(first) / channels, spread = double(second) / channels - off * off;
+  mean = static_cast<T>(center + off);
+  rstd = static_cast<T>(1 / std::sqrt((spread < 0 ? 0 : spread) + eps));
+  const T shift = mean, scale = rstd;
+  sweep<T>(channels, [=](auto tag, int64_t c) {
+    typedef decltype(tag) V;
+    const V out = (get<V>(x + c) - shift) * scale * get<V>(weight + c);
+    put(y + c, bias ? V(out + get<V>(bias + c)) : out);
+  });
+}
+
+// Writes dx (unless null) and adds to the sums of the gradients of weight and bias.
+template <typename T>
+SPARK_NOINLINE void layer_norm_row_backward(int64_t channels, const T* dy, const T* x, const T* weight, T mean, T rstd,
+                                            T* dx, T* dweight, T* dbias) {
+  T sum, along;
+  sum_row<T>(
+      channels,
+      [=](auto tag, int64_t c, auto& p, auto& q) {
+        typedef decltype(tag) V;
+        p = get<V>(dy + c) * get<V>(weight + c);
+        q = p * ((get<V>(x + c) - mean) * rstd);
+      },
+      sum, along);
+  const T offset = sum / channels, slope = along / channels;
+  sweep<T>(channels, [=](auto tag, int64_t c) {
+    typedef decltype(tag) V;
+    const V gradient = get<V>(dy + c), normal = (get<V>(x + c) - mean) * rstd;
+    put(dweight + c, V(get<V>(dweight + c) + gradient * normal));
+    put(dbias + c, V(get<V>(dbias + c) + gradient));
+    if (dx) put(dx + c, V((gradient * get<V>(weight + c) - offset - normal * slope) * rstd));
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void layer_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias, double eps, T* y,
+                        T* mean, T* rstd, [[maybe_unused]] int threads) {
+  std::vector<T> ones;
+  const T* const factor = or_ones(weight, channels, ones);
+#pragma omp parallel for schedule(dynamic, kLeastRows) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row)
+    layer_norm_row(channels, x + row * channels, factor, bias, eps, y + row * channels, mean[row], rstd[row]);
+}
+
+template <typename T>
+void layer_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* mean,
+                         const T* rstd, T* dx, T* dweight, T* dbias, [[maybe_unused]] int threads) {
+  std::vector<T> ones;
+  const T* const factor = or_ones(weight, channels, ones);
+  const int64_t share = std::max(kLeastRows, (rows + kParts - 1) / kParts), parts = (rows + share - 1) / share;
+  std::vector<double> sums(std::max<int64_t>(1, parts) * 2 * channels);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> part_sums(2 * channels);
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      double* const to = sums.data() + part * 2 * channels;
+      for (int64_t row = part * share, end; row < std::min(rows, (part + 1) * share); row = end) {
+        end = std::min({rows, (part + 1) * share, row + kFold});
+        std::fill(part_sums.begin(), part_sums.end(), T(0));
+        for (int64_t r = row; r < end; ++r)
+          layer_norm_row_backward(channels, dy + r * channels, x + r * channels, factor, mean[r], rstd[r],
+                                  dx ? dx + r * channels : nullptr, part_sums.data(), part_sums.data() + channels);
+        for (int64_t k = 0; k < 2 * channels; ++k) to[k] += part_sums[k];
+      }
+    }
+  }
+  add_parts(parts, 2 * channels, sums);
+  std::copy_n(sums.begin(), channels, dweight);
+  std::copy_n(sums.begin() + channels, channels, dbias);
+}
+
+#define SPARK_INSTANTIATE(T)                                                                                           \
+  template void batch_norm_forward<T>(int64_t, int64_t, const T*, const T*, const T*, T*, T*, bool, double, double,    \
+                                      Activation, T*, T*, T*, int);                                                    \
+  template void batch_norm_backward<T>(int64_t, int64_t, const T*, const T*, const T*, const T*, const T*, const T*,   \
+                                       bool, Activation, T*, T*, T*, int);                                             \
+  template void layer_norm_forward<T>(int64_t, int64_t, const T*, const T*, const T*, double, T*, T*, T*, int);        \
+  template void layer_norm_backward<T>(int64_t, int64_t, const T*, const T*, const T*, const T*, const T*, T*, T*, T*, \
+                                       int);
+SPARK_INSTANTIATE(float)
+SPARK_INSTANTIATE(double)
+
+}  // namespace SPARK_ISA
+}  // namespace spark
