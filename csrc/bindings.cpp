@@ -248,8 +248,8 @@ void layer_norm_backward(int64_t element_size, int64_t rows, int64_t channels, A
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
     SPARK_DISPATCH(layer_norm_backward<T>(rows, channels, at<const T>(dy), at<const T>(x), at<const T>(weight),
-                                          at<const T>(mean), at<const T>(rstd), at<T>(dx), at<T>(dweight),
-                                          at<T>(dbias), threads));
+                                          at<const T>(mean), at<const T>(rstd), at<T>(dx), at<T>(dweight), at<T>(dbias),
+                                          threads));
   });
 }
 

@@ -187,9 +187,12 @@ template <typename T>
 void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, const T* grad, T* weight, int threads) {
   if (s.source_channels / s.groups <= kFewChannels && g.taps() > 1)
     return conv_unfolded_grad_weight(g, s, source, grad, weight, threads);
-  if (!g.rows()) std::fill_n(weight, s.query_channels * (s.source_channels / s.groups) * g.taps(), T(0));
+  if (!g.rows()) {  // no pair, no gradient
+    std::fill_n(weight, s.query_channels * (s.source_channels / s.groups) * g.taps(), T(0));
+    return;
+  }
   Pairs pairs(g.taps(), g.rows());
-  WeightGradient<T> gradient(s, g.taps(), pairs.capacity);
+  WeightGradient<T> gradient(s, g.taps(), pairs.capacity, weight);
 #pragma omp parallel num_threads(threads)
   {
     Tiles<T> left(gradient.height());
@@ -199,10 +202,8 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
       for (int64_t item = 0; item < gradient.items(); ++item)
         gradient.run(item, segment, g.rows(), chunks, grad, source, pairs, left, right);
     });
-    if (g.rows()) {
 #pragma omp for schedule(static)
-      for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit, weight);
-    }
+    for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit);
   }
 }
 

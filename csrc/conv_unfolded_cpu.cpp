@@ -118,7 +118,8 @@ void conv_unfolded_grad_weight(const Geometry& g, const ConvShape& s, const T* s
             const int64_t pairs = std::min(kChunk, count - i);
             tiles.pack(height, pairs, left.data() + i * depth + first, depth);
             for (int64_t p = 0; p < pairs; ++p) pack_row(from + (i + p) * s.query_channels, used, right.data() + p * C);
-            outer<T>(height, tiles, nullptr, right.data(), pairs, used, sum.data() + (panel * depth + first) * C);
+            outer(height, tiles, nullptr, right.data(), pairs, used, sum.data() + (panel * depth + first) * C, C,
+                  false);
           }
         }
       }

@@ -79,7 +79,11 @@ template <typename T>
 void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, const T* grad, T* weight,
                         [[maybe_unused]] int threads) {
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
-  WeightGradient<T> gradient({depth, width, 1}, 1, chunks);
+  if (!rows) {  // no pair, no gradient
+    std::fill_n(weight, width * depth, T(0));
+    return;
+  }
+  WeightGradient<T> gradient({depth, width, 1}, 1, chunks, weight);
 #pragma omp parallel num_threads(threads)
   {
     Tiles<T> left(gradient.height());
@@ -91,7 +95,7 @@ void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, 
     for (int64_t item = 0; item < gradient.items(); ++item)
       gradient.run(item, 0, rows, chunks, grad, x, pairs, left, right);
 #pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit, weight);
+    for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit);
   }
 }
 

@@ -17,16 +17,18 @@ namespace SPARK_ISA {
 constexpr int kOuterRows = kTileRows == 12 ? 8 : 4;
 constexpr int64_t kChunk = 256;  // query rows that are handled together
 
-// out[m, :] += sum over p of a[row p][m] * b[p][:] for M channels of a's rows, `lda` apart; row p is index[p], or p.
+// out[m, :] = (0 if `fresh`, else itself) + sum over p of a[row p][m] * b[p][:], for M channels of a's rows, `lda`
+// apart, and rows of out `ldo` apart; row p is index[p], or p.
 template <typename T, int M, int N, bool Indexed>
-SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, const T* b, int64_t pairs, T* out) {
+SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, const T* b, int64_t pairs, T* out,
+                               int64_t ldo, bool fresh) {
   typedef typename Vector<T>::type V;
   constexpr int L = Vector<T>::lanes, C = panel_width<T>();
   V sum[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[m][n] = load(out + m * C + n * L);
+    for (int n = 0; n < N; ++n) sum[m][n] = fresh ? V{} : load(out + m * ldo + n * L);
   for (int64_t p = 0; p < pairs; ++p, b += C) {
     const T* const row = a + (Indexed ? index[p] : p) * lda;
     V right[N];
@@ -42,16 +44,17 @@ SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, c
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store(out + m * C + n * L, sum[m][n]);
+    for (int n = 0; n < N; ++n) store(out + m * ldo + n * L, sum[m][n]);
 }
 
 template <typename T, int N, bool Indexed, int M = kOuterRows>
-inline void outer_tile_of(int64_t height, const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out) {
+inline void outer_tile_of(int64_t height, const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out,
+                          int64_t ldo, bool fresh) {
   if constexpr (M > 0) {
     if (height == M)
-      outer_tile<T, M, N, Indexed>(a, M, index, b, pairs, out);
+      outer_tile<T, M, N, Indexed>(a, M, index, b, pairs, out, ldo, fresh);
     else
-      outer_tile_of<T, N, Indexed, M - 1>(height, a, index, b, pairs, out);
+      outer_tile_of<T, N, Indexed, M - 1>(height, a, index, b, pairs, out, ldo, fresh);
   }
 }
 
@@ -77,22 +80,22 @@ class Tiles {
   std::vector<T> data_;
 };
 
-// out (height x panel) += sum over pairs p of the tiles' row p times b[p] (a panel); row p is index[p], or p without.
+// The same for `height` channels in tiles, and the `used` columns of a panel.
 template <typename T>
 inline void outer(int64_t height, const Tiles<T>& tiles, const uint16_t* index, const T* b, int64_t pairs, int64_t used,
-                  T* out) {
+                  T* out, int64_t ldo, bool fresh) {
   const bool narrow = used <= Vector<T>::lanes;
-  for (int64_t m = 0; m < height; m += kOuterRows, out += kOuterRows * panel_width<T>()) {
+  for (int64_t m = 0; m < height; m += kOuterRows, out += kOuterRows * ldo) {
     const int64_t tile = std::min<int64_t>(kOuterRows, height - m);
     const T* const a = tiles.tile(m);
     if (narrow && index)
-      outer_tile_of<T, 1, true>(tile, a, index, b, pairs, out);
+      outer_tile_of<T, 1, true>(tile, a, index, b, pairs, out, ldo, fresh);
     else if (narrow)
-      outer_tile_of<T, 1, false>(tile, a, index, b, pairs, out);
+      outer_tile_of<T, 1, false>(tile, a, index, b, pairs, out, ldo, fresh);
     else if (index)
-      outer_tile_of<T, 2, true>(tile, a, index, b, pairs, out);
+      outer_tile_of<T, 2, true>(tile, a, index, b, pairs, out, ldo, fresh);
     else
-      outer_tile_of<T, 2, false>(tile, a, index, b, pairs, out);
+      outer_tile_of<T, 2, false>(tile, a, index, b, pairs, out, ldo, fresh);
   }
 }
 
@@ -112,8 +115,8 @@ template <typename T>
 class WeightGradient {
  public:
   // `chunks` of kChunk rows at most are given to one run().
-  WeightGradient(const ConvShape& s, int64_t taps, int64_t chunks)
-      : s_(s), taps_(taps), width_(s.query_channels / s.groups),
+  WeightGradient(const ConvShape& s, int64_t taps, int64_t chunks, T* weight)
+      : s_(s), taps_(taps), weight_(weight), width_(s.query_channels / s.groups),
         panels_(width_, s.source_channels / s.groups, s.groups, panel_width<T>()) {
     group_ = std::min(kGroup, panels_.per_group);
     groups_ = (panels_.per_group + group_ - 1) / group_ * s.groups;
@@ -122,7 +125,8 @@ class WeightGradient {
     splits_ = std::max<int64_t>(1, std::min(kItems / (blocks * groups_), chunks / 4));
     items_ = splits_ * blocks * groups_;
     size_ = group_ * taps_ * height_ * panel_width<T>();
-    sums_.reset(new T[items_ * size_]);
+    direct_ = taps_ == 1 && splits_ == 1 && panels_.width % panel_width<T>() == 0;
+    if (!direct_) sums_.reset(new T[items_ * size_]);
   }
 
   int64_t items() const { return items_; }
@@ -137,10 +141,9 @@ class WeightGradient {
     const int64_t split = item % splits_, first = item / splits_ / groups_ * height_, group = item / splits_ % groups_;
     const int64_t height = std::min(height_, width_ - first);
     const Range range = panels_of(group);
-    T* const sums = sums_.get() + item * size_;
-    if (begin == 0) std::fill_n(sums, size_, T(0));
     right.resize(kChunk * C);
-    for (int64_t chunk = chunks * split / splits_; chunk < chunks * (split + 1) / splits_; ++chunk) {
+    const int64_t first_chunk = chunks * split / splits_;
+    for (int64_t chunk = first_chunk; chunk < chunks * (split + 1) / splits_; ++chunk) {
       const int64_t row = begin + chunk * kChunk;
       left.pack(height, std::min(kChunk, rows - row), grad + row * s_.query_channels + range.group * width_ + first,
                 s_.query_channels);
@@ -151,8 +154,10 @@ class WeightGradient {
           const auto [count, index, source_of] = pairs(chunk, tap);
           for (int64_t p = 0; p < count; ++p)
             pack_row(from + source_of(p) * s_.source_channels, used, right.data() + p * C);
-          outer(height, left, index, right.data(), count, used,
-                sums + ((panel - range.first) * taps_ + tap) * height_ * C);
+          T* const out = direct_ ? weight_ + (range.group * width_ + first) * panels_.width + panels_.first(panel)
+                                 : sums_.get() + item * size_ + ((panel - range.first) * taps_ + tap) * height_ * C;
+          outer(height, left, index, right.data(), count, used, out, direct_ ? panels_.width : C,
+                begin == 0 && chunk == first_chunk);
         }
       }
     }
@@ -160,9 +165,9 @@ class WeightGradient {
 
   // The weight [query channels, source channels / groups, taps] is written in units of a few rows of one panel, along
   // which the sums lie one after another.
-  int64_t units() const { return items_ / splits_ * group_ * slices(); }
+  int64_t units() const { return direct_ ? 0 : items_ / splits_ * group_ * slices(); }
 
-  void finish(int64_t unit, T* weight) const {
+  void finish(int64_t unit) const {
     constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
     const int64_t item = unit / slices() / group_, group = item % groups_, first = item / groups_ * height_;
     const int64_t begin = unit % slices() * kSlice, end = std::min({begin + kSlice, height_, width_ - first});
@@ -171,7 +176,7 @@ class WeightGradient {
     if (panel >= range.last) return;
     const T* const sums = sums_.get() + item * splits_ * size_ + (panel - range.first) * taps_ * height_ * C;
     for (int64_t m = begin; m < end; ++m) {
-      T* const to = weight + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_;
+      T* const to = weight_ + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_;
       for (int64_t c = 0; c < panels_.used(panel); c += L) {
         for (int64_t t = 0; t < taps_; t += L) {
           const int64_t count = std::min(L, taps_ - t);
@@ -180,7 +185,10 @@ class WeightGradient {
           for (int64_t i = 0; i < count; ++i)
             for (int64_t split = 0; split < splits_; ++split)
               sum[i] += load(sums + split * size_ + ((t + i) * height_ + m) * C + c);
-          store_columns(sum, taps_, panels_.used(panel) - c, count, to + c * taps_ + t);
+          if (taps_ == 1)
+            store_part(to + c, sum[0], panels_.used(panel) - c);
+          else
+            store_columns(sum, taps_, panels_.used(panel) - c, count, to + c * taps_ + t);
         }
       }
     }
@@ -201,9 +209,12 @@ class WeightGradient {
   }
 
   ConvShape s_;
-  int64_t taps_, width_;
+  int64_t taps_;
+  T* weight_;  // [query channels, source channels / groups, taps]
+  int64_t width_;
   Panels panels_;
   int64_t group_, groups_, height_, splits_, items_, size_;
+  bool direct_;  // the sums are the weight itself
   std::unique_ptr<T[]> sums_;
 };
 

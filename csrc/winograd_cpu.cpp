@@ -351,8 +351,12 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
   constexpr int64_t kLeft = GradientBlock<T>::kLeft;
   const Panels panels(s.width(), s.source_channels, 1, C);
   const int64_t size = kChunk, tiles = tile_count(g);
+  if (!tiles) {  // no pair, no gradient
+    std::fill_n(weight, s.width() * s.source_channels * 9, T(0));
+    return;
+  }
   GradientBlock<T> block(g, s, panels, size);
-  std::vector<T> sums(16 * panels.total * block.height * C, T(0));  // [16, panels, query channels, panel]
+  const std::unique_ptr<T[]> sums(new T[16 * panels.total * block.height * C]);  // [16, panels, query channels, panel]
   std::vector<Tile> listed(size);
   int64_t count = 0, next = 0;  // tiles in the block; first tile not looked at
 #pragma omp parallel num_threads(threads)
@@ -375,13 +379,13 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
       for (int64_t i = 0; i < 16; ++i) {
         for (int64_t panel = 0; panel < panels.total; ++panel) {
           const T* const right = block.sources.data() + i * block.source_step + panel * block.panel_step;
-          T* const out = sums.data() + (i * panels.total + panel) * block.height * C;
+          T* const out = sums.get() + (i * panels.total + panel) * block.height * C;
           for (int64_t m = 0; m < block.height; m += kOuterRows) {
             const T* const left = block.grads.data() + i * block.grad_step + m / kLeft * block.left_step + m % kLeft;
             if (panels.used(panel) <= L)
-              outer_tile<T, kOuterRows, 1, false>(left, kLeft, nullptr, right, count, out + m * C);
+              outer_tile<T, kOuterRows, 1, false>(left, kLeft, nullptr, right, count, out + m * C, C, begin == 0);
             else
-              outer_tile<T, kOuterRows, 2, false>(left, kLeft, nullptr, right, count, out + m * C);
+              outer_tile<T, kOuterRows, 2, false>(left, kLeft, nullptr, right, count, out + m * C, C, begin == 0);
           }
         }
       }
@@ -393,7 +397,7 @@ void winograd_grad_weight(const Geometry& g, const ConvShape& s, const T* source
         for (int64_t c = 0; c < panels.used(panel); c += L) {
           Vec<T> sum[16], taps[9];
           for (int64_t i = 0; i < 16; ++i)
-            sum[i] = load(sums.data() + ((i * panels.total + panel) * block.height + o) * C + c);
+            sum[i] = load(sums.get() + ((i * panels.total + panel) * block.height + o) * C + c);
           transform_sum(sum, taps);
           for (int64_t t = 0; t < 9; t += L) {
             Vec<T> m[L] = {};
