@@ -47,38 +47,40 @@ SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, c
     for (int n = 0; n < N; ++n) store(out + m * ldo + n * L, sum[m][n]);
 }
 
+// Channels of kChunk rows in columns of kLeft channels, each (rows, kLeft): rows a power of two apart thrash the cache.
+template <typename T>
+class Tiles {
+ public:
+  static constexpr int64_t kLeft = std::max<int64_t>(Vector<T>::lanes, kOuterRows);
+
+  explicit Tiles(int64_t height) : data_((height + kLeft - 1) / kLeft * kStride) {}
+
+  void pack(int64_t height, int64_t rows, const T* from, int64_t stride) {
+    const int64_t whole = height / kLeft * kLeft, rest = height - whole;
+    for (int64_t r = 0; r < rows; ++r, from += stride) {
+      T* to = data_.data() + r * kLeft;
+      for (int64_t m = 0; m < whole; m += kLeft, to += kStride) std::copy_n(from + m, kLeft, to);
+      if (rest) std::copy_n(from + whole, rest, to);
+    }
+  }
+
+  const T* tile(int64_t m) const { return data_.data() + m / kLeft * kStride + m % kLeft; }
+
+ private:
+  static constexpr int64_t kStride = (kChunk + 1) * kLeft;
+  std::vector<T> data_;
+};
+
 template <typename T, int N, bool Indexed, int M = kOuterRows>
 inline void outer_tile_of(int64_t height, const T* a, const uint16_t* index, const T* b, int64_t pairs, T* out,
                           int64_t ldo, bool fresh) {
   if constexpr (M > 0) {
     if (height == M)
-      outer_tile<T, M, N, Indexed>(a, M, index, b, pairs, out, ldo, fresh);
+      outer_tile<T, M, N, Indexed>(a, Tiles<T>::kLeft, index, b, pairs, out, ldo, fresh);
     else
       outer_tile_of<T, N, Indexed, M - 1>(height, a, index, b, pairs, out, ldo, fresh);
   }
 }
-
-// Channels of kChunk rows in tiles of kOuterRows channels (the last may have fewer), each (rows, channels of the tile).
-template <typename T>
-class Tiles {
- public:
-  explicit Tiles(int64_t height) : data_((height + kOuterRows) / kOuterRows * kStride) {}
-
-  void pack(int64_t height, int64_t rows, const T* from, int64_t stride) {
-    const int64_t whole = height / kOuterRows * kOuterRows, rest = height - whole;
-    for (int64_t r = 0; r < rows; ++r, from += stride) {
-      T* to = data_.data() + r * kOuterRows;
-      for (int64_t m = 0; m < whole; m += kOuterRows, to += kStride) std::copy_n(from + m, kOuterRows, to);
-      if (rest) std::copy_n(from + whole, rest, data_.data() + whole / kOuterRows * kStride + r * rest);
-    }
-  }
-
-  const T* tile(int64_t m) const { return data_.data() + m / kOuterRows * kStride; }
-
- private:
-  static constexpr int64_t kStride = (kChunk + 2) * kOuterRows;  // no power of two, which would thrash the cache
-  std::vector<T> data_;
-};
 
 // The same for `height` channels in tiles, and the `used` columns of a panel.
 template <typename T>

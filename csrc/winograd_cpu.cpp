@@ -280,7 +280,7 @@ struct ForwardBlock {
 // sources [16, panels, tiles, panel], grads [16, blocks of kLeft channels, tiles, channels].
 template <typename T>
 struct GradientBlock {
-  static constexpr int64_t kLeft = std::max<int64_t>(Vector<T>::lanes, kOuterRows);
+  static constexpr int64_t kLeft = Tiles<T>::kLeft;
 
   const Geometry& g;
   const ConvShape& s;
