@@ -12,6 +12,12 @@ struct ConvShape {
   int64_t groups;
 };
 
+// A window's column part, in pixels; `transposed`: the geometry's query is the window's input.
+struct WindowX {
+  int64_t stride, padding, dilation;
+  bool transposed;
+};
+
 enum class Activation { none, relu, relu6 };
 
 constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolded into one long row
@@ -54,12 +60,12 @@ constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolde
                           int threads);                                                                               \
   /* query[q, c] = bias[c] + sum over taps of source[row, c] * weight[tap, c]. */                                     \
   template <typename T>                                                                                               \
-  void depthwise_gather(const Geometry&, int64_t channels, const T* source, const T* weight, const T* bias, T* query, \
-                        int threads);                                                                                 \
+  void depthwise_gather(const Geometry&, const WindowX&, int64_t channels, const T* source, const T* weight,          \
+                        const T* bias, T* query, int threads);                                                                                 \
   /* grad[tap, c] = sum over query rows of source[row, c] * query[q, c]. */                                           \
   template <typename T>                                                                                               \
-  void depthwise_grad_weight(const Geometry&, int64_t channels, const T* source, const T* query, T* grad,             \
-                             int threads);                                                                            \
+  void depthwise_grad_weight(const Geometry&, const WindowX&, int64_t channels, const T* source, const T* query,      \
+                             T* grad, int threads);                                                                            \
   /* Masked neighbours count as 0, the border as -inf; argmax[q, c] is the winning tap. */                            \
   template <typename T>                                                                                               \
   void max_pool_forward(const Geometry&, int64_t channels, const T* source, T* query, int16_t* argmax, int threads);  \
