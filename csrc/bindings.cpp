@@ -98,6 +98,11 @@ Geometry geometry(const py::tuple& t) {
           {table(14), table(15), number(16)}};
 }
 
+// (stride, padding, dilation, transposed), along x
+spark::WindowX window_x(const py::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<bool>()};
+}
+
 // Runs `call(T{})` with T = float or double, without the interpreter lock.
 template <typename Call>
 void with_type(int64_t element_size, Call call) {
@@ -171,23 +176,25 @@ void linear_grad_weight(int64_t element_size, int64_t rows, int64_t depth, int64
   });
 }
 
-void depthwise_gather(const py::tuple& where, int64_t element_size, int64_t channels, Address source, Address weight,
-                      Address bias, Address query, int threads) {
+void depthwise_gather(const py::tuple& where, const py::tuple& window, int64_t element_size, int64_t channels,
+                      Address source, Address weight, Address bias, Address query, int threads) {
   const Geometry g = geometry(where);
+  const spark::WindowX x = window_x(window);
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(depthwise_gather<T>(g, channels, at<const T>(source), at<const T>(weight), at<const T>(bias),
+    SPARK_DISPATCH(depthwise_gather<T>(g, x, channels, at<const T>(source), at<const T>(weight), at<const T>(bias),
                                        at<T>(query), threads));
   });
 }
 
-void depthwise_grad_weight(const py::tuple& where, int64_t element_size, int64_t channels, Address source,
-                           Address query, Address grad, int threads) {
+void depthwise_grad_weight(const py::tuple& where, const py::tuple& window, int64_t element_size, int64_t channels,
+                           Address source, Address query, Address grad, int threads) {
   const Geometry g = geometry(where);
+  const spark::WindowX x = window_x(window);
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
     SPARK_DISPATCH(
-        depthwise_grad_weight<T>(g, channels, at<const T>(source), at<const T>(query), at<T>(grad), threads));
+        depthwise_grad_weight<T>(g, x, channels, at<const T>(source), at<const T>(query), at<T>(grad), threads));
   });
 }
 

@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
-#include "simd.h"
+#include "depthwise_lines.h"
 
 namespace spark {
 namespace SPARK_ISA {
@@ -20,18 +19,23 @@ struct Neighbours {
   int64_t taps;
 
   explicit Neighbours(int64_t taps)
-      : source(kBlockRows * taps), tap(kBlockRows * taps), count(kBlockRows), taps(taps) {}
+      : source(kBlockRows * taps + 1), tap(kBlockRows * taps + 1), count(kBlockRows), taps(taps) {}
 
   void find(const Geometry& g, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < end - begin; ++i) {
       const Place place = place_of(g, begin + i);
+      int64_t* const rows = source.data() + i * taps;
+      int32_t* const at = tap.data() + i * taps;
       int64_t n = 0;
       for (int64_t ky = 0; ky < g.kh; ++ky) {
-        for (int64_t kx = 0; kx < g.kw; ++kx) {
-          const int64_t row = source_row(g, place, ky, kx);
-          if (row < 0) continue;
-          source[i * taps + n] = row;
-          tap[i * taps + n++] = static_cast<int32_t>(ky * g.kw + kx);
+        const int32_t gy = g.y.grid[ky * g.y.length + place.y], y = g.y.in[ky * g.y.length + place.y];
+        if (gy < 0) continue;
+        for (int64_t kx = 0; kx < g.kw; ++kx) {  // whether there is a source is hard to foresee: no branch
+          const int32_t gx = g.x.grid[kx * g.x.length + place.x], x = g.x.in[kx * g.x.length + place.x];
+          const int64_t patch = place.grid[gy * g.gw + std::max(gx, 0)];
+          rows[n] = (patch * g.source.height + y) * g.source.width + x;
+          at[n] = static_cast<int32_t>(ky * g.kw + kx);
+          n += (gx >= 0) & (patch >= 0);
         }
       }
       count[i] = n;
@@ -67,12 +71,183 @@ inline void row_sum_scalar(const Neighbours& near, int64_t i, int64_t channels, 
   *to = sum;
 }
 
+constexpr int64_t kLines = 16;  // query lines whose columns are found together
+constexpr int64_t kGroup = 8;   // vectors of channels in an item of the weight's gradient
+constexpr int64_t kItems = 32;
+
+// The vectors that channels are cut into; the last may overlap the one before.
+template <typename T>
+struct Vectors {
+  static constexpr int64_t L = Vector<T>::lanes;
+  int64_t channels, count;
+
+  explicit Vectors(int64_t channels) : channels(channels), count((channels + L - 1) / L) {}
+
+  int64_t first(int64_t v) const { return std::min(v * L, channels - L); }
+};
+
+// Source lines, without those that hold nothing, in groups: of a query line, or of a row of the kernel.
+struct Found {
+  int64_t most;
+  std::vector<const int64_t*> columns;
+  std::vector<int64_t> rows, count;
+
+  Found(int64_t groups, int64_t most) : most(most), columns(groups * most), rows(groups * most), count(groups) {}
+
+  void add(int64_t group, const int64_t* line, int64_t row) {
+    if (!line) return;
+    columns[group * most + count[group]] = line;
+    rows[group * most + count[group]++] = row;
+  }
+
+  template <typename T>
+  Reads<T> reads(int64_t group, const T* source, const T* factor, int64_t second) const {
+    return {count[group], columns.data() + group * most, rows.data() + group * most, source, factor, second};
+  }
+};
+
+// The lines [begin, begin + lines) of the query under one pattern, the channels of vectors [v, v + N).
+template <typename T, int S, int N, int K, int Step>
+void gather_block(const Pattern& pattern, const Vectors<T>& vectors, int64_t v, const Found& found, int64_t lines,
+                  const int64_t* taps, const T* source, const T* weight, const T* bias, T* query) {
+  const int64_t c = vectors.first(v), second = vectors.first(v + N - 1) - c, stride = pattern.every * vectors.channels;
+  for (int64_t line = 0; line < lines; ++line) {
+    const Reads<T> reads = found.reads(line, source + c, weight + c, second);
+    T* const to = query + line * pattern.count * stride + c;
+    for (int64_t t = 0; t < pattern.count; t += S)
+      gather_segment<T, S, N, K, Step>(reads, taps, t * Step, bias ? bias + c : nullptr, to + t * stride, stride);
+  }
+}
+
+template <typename T>
+void gather_lines(const Geometry& g, const Pattern& pattern, int64_t channels, const T* source, const T* weight,
+                  const T* bias, T* query, [[maybe_unused]] int threads) {
+  const int64_t all = g.patches * g.query.height, width = g.query.width * channels;
+  const Vectors<T> vectors(channels);
+  std::vector<int64_t> taps;
+  for (const int64_t kx : pattern.taps) taps.push_back(kx * channels);
+#pragma omp parallel num_threads(threads)
+  {
+    Lines lines(g, pattern, channels, kLines);
+    Found found(kLines, g.kh);
+#pragma omp for schedule(dynamic)
+    for (int64_t begin = 0; begin < all; begin += kLines) {
+      const int64_t count = std::min(kLines, all - begin);
+      lines.find(begin, count);
+      std::fill(found.count.begin(), found.count.end(), 0);
+      for (int64_t line = 0; line < count; ++line)
+        for (int64_t ky = 0; ky < g.kh; ++ky) found.add(line, lines.columns(line, ky), ky * g.kw * channels);
+      T* const to = query + begin * width + pattern.first * channels;
+      with_sizes(pattern, [&](auto size, auto kernel, auto step) {
+        constexpr int S = decltype(size)::value, K = decltype(kernel)::value, Step = decltype(step)::value;
+        constexpr int N = vectors_together<S, K>();
+        int64_t v = 0;
+        for (; v + N <= vectors.count; v += N)
+          gather_block<T, S, N, K, Step>(pattern, vectors, v, found, count, taps.data(), source, weight, bias, to);
+        for (; v < vectors.count; ++v)
+          gather_block<T, S, 1, K, Step>(pattern, vectors, v, found, count, taps.data(), source, weight, bias, to);
+      });
+    }
+  }
+}
+
+// The gradient of the weight of a few vectors of channels, from a share of the lines: sums [vector, tap, lane].
+template <typename T>
+class LineGradient {
+ public:
+  LineGradient(const Geometry& g, const Pattern& pattern, int64_t channels)
+      : g_(g), pattern_(pattern), vectors_(channels), blocks_((g.patches * g.query.height + kLines - 1) / kLines) {
+    const int64_t groups = (vectors_.count + kGroup - 1) / kGroup;
+    splits_ = std::max<int64_t>(1, std::min(kItems / groups, blocks_ / 2));
+    items_ = splits_ * groups;
+    sums_.resize(items_ * size());
+  }
+
+  int64_t items() const { return items_; }
+
+  void run(int64_t item, const T* source, const T* query, Lines& lines, Found& found) {
+    const int64_t split = item % splits_, first = item / splits_ * kGroup;
+    const int64_t all = g_.patches * g_.query.height, width = g_.query.width * vectors_.channels;
+    const int64_t last = std::min(vectors_.count, first + kGroup);
+    for (int64_t block = blocks_ * split / splits_; block < blocks_ * (split + 1) / splits_; ++block) {
+      const int64_t begin = block * kLines, count = std::min(kLines, all - begin);
+      lines.find(begin, count);
+      std::fill(found.count.begin(), found.count.end(), 0);
+      for (int64_t ky = 0; ky < g_.kh; ++ky)
+        for (int64_t line = 0; line < count; ++line) found.add(ky, lines.columns(line, ky), (begin + line) * width);
+      with_sizes(pattern_, [&](auto size, auto kernel, auto step) {
+        constexpr int S = decltype(size)::value, K = decltype(kernel)::value, Step = decltype(step)::value;
+        constexpr int N = vectors_together<S, K>();
+        int64_t v = first;
+        for (; v + N <= last; v += N) add<S, N, K, Step>(v, sums_of(item, v - first), found, source, query);
+        for (; v < last; ++v) add<S, 1, K, Step>(v, sums_of(item, v - first), found, source, query);
+      });
+    }
+  }
+
+  // Writes grad [tap, channel].
+  void finish(int64_t v, T* grad) const {
+    for (int64_t tap = 0; tap < g_.taps(); ++tap) {
+      T* const to = grad + tap * vectors_.channels + vectors_.first(v);
+      for (int64_t split = 0; split < splits_; ++split) {
+        const T* const from = sums_of(v / kGroup * splits_ + split, v % kGroup) + tap * L;
+        for (int64_t l = 0; l < L; ++l) to[l] = split ? to[l] + from[l] : from[l];
+      }
+    }
+  }
+
+  int64_t vectors() const { return vectors_.count; }
+
+ private:
+  static constexpr int64_t L = Vector<T>::lanes;
+
+  int64_t size() const { return kGroup * g_.taps() * L; }
+  T* sums_of(int64_t item, int64_t v) { return sums_.data() + item * size() + v * g_.taps() * L; }
+  const T* sums_of(int64_t item, int64_t v) const { return sums_.data() + item * size() + v * g_.taps() * L; }
+
+  template <int S, int N, int K, int Step>
+  void add(int64_t v, T* sums, const Found& found, const T* source, const T* query) {
+    const int64_t c = vectors_.first(v), second = vectors_.first(v + N - 1) - c;
+    const int64_t stride = pattern_.every * vectors_.channels;
+    for (int64_t ky = 0; ky < g_.kh; ++ky)
+      for (int64_t t = 0; t < pattern_.count; t += S)
+        gradient_segment<T, S, N, K, Step>(found.reads(ky, source + c, query + c + t * stride, second), t * Step,
+                                           stride, sums + ky * g_.kw * L, g_.taps() * L);
+  }
+
+  const Geometry& g_;
+  const Pattern& pattern_;
+  Vectors<T> vectors_;
+  int64_t blocks_, splits_, items_;
+  std::vector<T> sums_;
+};
+
+template <typename T>
+void lines_grad_weight(const Geometry& g, const Pattern& pattern, int64_t channels, const T* source, const T* query,
+                       T* grad, [[maybe_unused]] int threads) {
+  LineGradient<T> gradient(g, pattern, channels);
+#pragma omp parallel num_threads(threads)
+  {
+    Lines lines(g, pattern, channels, kLines);
+    Found found(g.kh, kLines);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < gradient.items(); ++item) gradient.run(item, source, query, lines, found);
+#pragma omp for schedule(static)
+    for (int64_t v = 0; v < gradient.vectors(); ++v) gradient.finish(v, grad);
+  }
+}
+
 }  // namespace
 
 template <typename T>
-void depthwise_gather(const Geometry& g, int64_t channels, const T* source, const T* weight, const T* bias, T* query,
-                      [[maybe_unused]] int threads) {
+void depthwise_gather(const Geometry& g, const WindowX& window, int64_t channels, const T* source, const T* weight,
+                      const T* bias, T* query, [[maybe_unused]] int threads) {
   constexpr int64_t L = Vector<T>::lanes;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const std::vector<Pattern> found = patterns(g, window, channels, L);
+    for (const Pattern& pattern : found) gather_lines(g, pattern, channels, source, weight, bias, query, threads);
+    if (!found.empty()) return;
+  }
   const int64_t rows = g.rows(), blocks = (rows + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel num_threads(threads)
   {
@@ -96,10 +271,14 @@ void depthwise_gather(const Geometry& g, int64_t channels, const T* source, cons
 }
 
 template <typename T>
-void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source, const T* query, T* grad,
-                           [[maybe_unused]] int threads) {
+void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t channels, const T* source, const T* query,
+                           T* grad, [[maybe_unused]] int threads) {
   typedef typename Vector<T>::type V;
   constexpr int64_t L = Vector<T>::lanes;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const std::vector<Pattern> found = patterns(g, window, channels, L);
+    if (!found.empty()) return lines_grad_weight(g, found[0], channels, source, query, grad, threads);
+  }
   // A few channels at a time, so that their sums of all taps stay in the cache; channels are shared out among threads.
   constexpr int64_t kChannels = kVectors * L;
   const int64_t rows = g.rows(), taps = g.taps(), parts = (channels + kChannels - 1) / kChannels;
@@ -133,9 +312,9 @@ void depthwise_grad_weight(const Geometry& g, int64_t channels, const T* source,
   }
 }
 
-#define SPARK_INSTANTIATE(T)                                                                          \
-  template void depthwise_gather<T>(const Geometry&, int64_t, const T*, const T*, const T*, T*, int); \
-  template void depthwise_grad_weight<T>(const Geometry&, int64_t, const T*, const T*, T*, int);
+#define SPARK_INSTANTIATE(T)                                                                                          \
+  template void depthwise_gather<T>(const Geometry&, const WindowX&, int64_t, const T*, const T*, const T*, T*, int); \
+  template void depthwise_grad_weight<T>(const Geometry&, const WindowX&, int64_t, const T*, const T*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)
 

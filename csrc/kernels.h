@@ -7,6 +7,12 @@
 
 namespace spark {
 
+// A window's column part, in pixels; `transposed`: the geometry's query is the window's input.
+struct WindowX {
+  int64_t stride, padding, dilation;
+  bool transposed;
+};
+
 enum class Activation { none, relu, relu6 };
 
 struct ConvShape {

@@ -41,12 +41,13 @@ void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, 
 
 // query[q, c] = bias[c] + sum over taps of source[row, c] * weight[tap, c].
 template <typename T>
-void depthwise_gather(const Geometry&, int64_t channels, const T* source, const T* weight, const T* bias, T* query,
-                      int threads);
+void depthwise_gather(const Geometry&, const WindowX&, int64_t channels, const T* source, const T* weight,
+                      const T* bias, T* query, int threads);
 
 // grad[tap, c] = sum over query rows of source[row, c] * query[q, c].
 template <typename T>
-void depthwise_grad_weight(const Geometry&, int64_t channels, const T* source, const T* query, T* grad, int threads);
+void depthwise_grad_weight(const Geometry&, const WindowX&, int64_t channels, const T* source, const T* query, T* grad,
+                           int threads);
 
 // Masked neighbours count as 0, the border as -inf; argmax[q, c] is the winning tap.
 template <typename T>

@@ -22,8 +22,8 @@ def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
     out = source.new_empty(geometry.window.taps, source.shape[1])
     args, keep = native.geometry_args(geometry)
     native.module().depthwise_grad_weight(
-        args, source.element_size(), source.shape[1], address(source), address(query), address(out),
-        torch.get_num_threads(),
+        args, _columns(geometry, False), source.element_size(), source.shape[1], address(source), address(query),
+        address(out), torch.get_num_threads(),
     )  # fmt: skip
     del keep
     return out.t().reshape(weight.shape).to(weight.dtype)
@@ -35,8 +35,14 @@ def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch
     out = source.new_empty(geometry.rows_in if transposed else geometry.rows_out, channels)
     args, keep = native.geometry_args(geometry, transposed)
     native.module().depthwise_gather(
-        args, source.element_size(), channels, address(source), address(weight), address(bias), address(out),
-        torch.get_num_threads(),
+        args, _columns(geometry, transposed), source.element_size(), channels, address(source), address(weight),
+        address(bias), address(out), torch.get_num_threads(),
     )  # fmt: skip
     del keep
     return out.to(dtype)
+
+
+def _columns(geometry: Geometry, transposed: bool) -> tuple[int, int, int, bool]:
+    """How the window moves along x."""
+    window = geometry.window
+    return window.stride[1], window.padding[1], window.dilation[1], transposed
