@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivePatches", "BackendError", "Decoder", "Densify", "Encoder", "SparK", "SparseOpError", "SparseTensor",
-    "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense", "to_sparse", "use_backend",
+    "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense", "to_sparse",
+    "use_backend",
 ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from types import ModuleType
 
 import torch
 
-# op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>. "cpu half" is
-# the CPU in float16 and bfloat16, for which PyTorch's library has instructions and our kernels have none.
+# op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
+# "cpu half" is the CPU in float16 and bfloat16, for which PyTorch's library has instructions and our kernels have none.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "linear": {
         "cpu": ("cpu", "library", "reference"),
