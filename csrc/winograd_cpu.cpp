@@ -14,6 +14,7 @@ namespace SPARK_ISA {
 namespace {
 
 constexpr int64_t kTileBlock = 48;         // tiles that go through forward together
+constexpr int64_t kAhead = 4;              // tiles whose source is asked for before it is needed
 constexpr int64_t kManyWeights = 1 << 22;  // transformed weights beyond which larger blocks save reading them
 
 // B' d B
@@ -112,6 +113,15 @@ inline Tile tile_at(const Geometry& g, const ConvShape& s, int64_t index) {
     const int64_t iy = std::min<int64_t>(i, 2) * g.y.length + y + i / 3;
     const int64_t ix = std::min<int64_t>(i, 2) * g.x.length + x + i / 3;
     gy[i] = g.y.grid[iy], in_y[i] = g.y.in[iy], gx[i] = g.x.grid[ix], in_x[i] = g.x.in[ix];
+  }
+  if (gy[0] >= 0 && gy[0] == gy[3] && gx[0] >= 0 && gx[0] == gx[3]) {  // inside one source patch
+    const int64_t from = grid[gy[0] * g.gw + gx[0]];
+    tile.empty = from < 0;
+    const int64_t first = cell_row(g.source, s.source_cell, from, in_y[0], in_x[0]);
+    const int64_t down = g.source.width * s.source_cell * s.source_cell;
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) tile.source[4 * i + j] = from < 0 ? -1 : first + i * down + j * s.source_cell;
+    return tile;
   }
   tile.empty = true;
   for (int i = 0; i < 4; ++i) {
@@ -218,6 +228,7 @@ struct ForwardBlock {
     }
     const int64_t count = tiles.size();
     for (int64_t t = 0; t < count; ++t) {
+      if (t + kAhead < count) prefetch(tiles[t + kAhead], source);
       T* const to = sources.data() + t * stride;
       transform_tile(g, s, tiles[t], source, zeros.data(), [&](int64_t c, const Vec<T>(&d)[16]) {
         for (int i = 0; i < 16; ++i) store(to + i * source_step + c, d[i]);
@@ -226,6 +237,15 @@ struct ForwardBlock {
     for (int64_t panel = 0; panel < panels.total; ++panel) {
       multiply_panel(count, packed + panel * 16 * panels.depth * panel_width<T>(), panels.used(panel));
       finish_panel(panels, panel, bias, query);
+    }
+  }
+
+  // The middle pixels of a tile; its neighbours ask for the others.
+  void prefetch(const Tile& tile, const T* source) {
+    for (const int i : {5, 6, 9, 10}) {
+      if (tile.source[i] < 0) continue;
+      const char* const from = reinterpret_cast<const char*>(source + tile.source[i] * s.source_channels);
+      for (size_t byte = 0; byte < s.source_channels * sizeof(T); byte += 64) __builtin_prefetch(from + byte);
     }
   }
 
