@@ -8,8 +8,9 @@ namespace spark {
 namespace SPARK_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 32;  // rows whose neighbours are found once for all channels
-constexpr int kVectors = 4;         // channel vectors that are accumulated together
+constexpr int64_t kBlockRows = 32;    // rows whose neighbours are found once for all channels
+constexpr int kVectors = 4;           // channel vectors that are accumulated together
+constexpr int64_t kMostVectors = 16;  // whose weight's gradient is summed together
 
 // The taps of each row of a block that have a source: [row][i] -> (tap, source row).
 struct Neighbours {
@@ -71,8 +72,9 @@ inline void row_sum_scalar(const Neighbours& near, int64_t i, int64_t channels, 
   *to = sum;
 }
 
-constexpr int64_t kLines = 16;  // query lines whose columns are found together
-constexpr int64_t kGroup = 8;   // vectors of channels in an item of the weight's gradient
+constexpr int64_t kLines = 16;           // query lines whose columns are found together
+constexpr int64_t kWeightBytes = 16384;  // of the vectors of channels that a segment is taken through at once
+constexpr int64_t kGroup = 8;            // vectors of channels in an item of the weight's gradient
 constexpr int64_t kItems = 32;
 
 // The vectors that channels are cut into; the last may overlap the one before.
@@ -106,47 +108,65 @@ struct Found {
   }
 };
 
-// The lines [begin, begin + lines) of the query under one pattern, the channels of vectors [v, v + N).
+// Pixels [t, t + S) of a line of the query, the channels of vectors [v, last).
 template <typename T, int S, int N, int K, int Step>
-void gather_block(const Pattern& pattern, const Vectors<T>& vectors, int64_t v, const Found& found, int64_t lines,
-                  const int64_t* taps, const T* source, const T* weight, const T* bias, T* query) {
-  const int64_t c = vectors.first(v), second = vectors.first(v + N - 1) - c, stride = pattern.every * vectors.channels;
-  for (int64_t line = 0; line < lines; ++line) {
-    const Reads<T> reads = found.reads(line, source + c, weight + c, second);
-    T* const to = query + line * pattern.count * stride + c;
-    for (int64_t t = 0; t < pattern.count; t += S)
-      gather_segment<T, S, N, K, Step>(reads, taps, t * Step, bias ? bias + c : nullptr, to + t * stride, stride);
+inline int64_t gather_vectors(const Vectors<T>& vectors, int64_t v, int64_t last, const Found& found, int64_t line,
+                              const int64_t* taps, int64_t t, const T* source, const T* weight, const T* bias, T* to,
+                              int64_t stride) {
+  for (; v + N <= last; v += N) {
+    const int64_t c = vectors.first(v), second = vectors.first(v + N - 1) - c;
+    gather_segment<T, S, N, K, Step>(found.reads(line, source + c, weight + c, second), taps, t * Step,
+                                     bias ? bias + c : nullptr, to + c, stride);
   }
+  return v;
 }
 
 template <typename T>
-void gather_lines(const Geometry& g, const Pattern& pattern, int64_t channels, const T* source, const T* weight,
-                  const T* bias, T* query, [[maybe_unused]] int threads) {
+void gather_block(const Pattern& pattern, const Vectors<T>& vectors, const Found& found, int64_t lines, int64_t group,
+                  const int64_t* taps, const T* source, const T* weight, const T* bias, T* query, int64_t width) {
+  const int64_t stride = pattern.every * vectors.channels;
+  with_sizes(pattern, [&](auto size, auto kernel, auto step) {
+    constexpr int S = decltype(size)::value, K = decltype(kernel)::value, Step = decltype(step)::value;
+    constexpr int N = vectors_together<S, K>();
+    for (int64_t first = 0; first < vectors.count; first += group)
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t t = 0; t < pattern.count; t += S) {
+          const int64_t last = std::min(vectors.count, first + group);
+          T* const to = query + line * width + t * stride;
+          const int64_t v = gather_vectors<T, S, N, K, Step>(vectors, first, last, found, line, taps, t, source, weight,
+                                                             bias, to, stride);
+          gather_vectors<T, S, 1, K, Step>(vectors, v, last, found, line, taps, t, source, weight, bias, to, stride);
+        }
+  });
+}
+
+template <typename T>
+void gather_lines(const Geometry& g, const std::vector<Pattern>& patterns, int64_t channels, const T* source,
+                  const T* weight, const T* bias, T* query, [[maybe_unused]] int threads) {
   const int64_t all = g.patches * g.query.height, width = g.query.width * channels;
   const Vectors<T> vectors(channels);
-  std::vector<int64_t> taps;
-  for (const int64_t kx : pattern.taps) taps.push_back(kx * channels);
+  const int64_t group = std::max<int64_t>(2, kWeightBytes / (g.taps() * kVectorBytes) / 2 * 2);
 #pragma omp parallel num_threads(threads)
   {
-    Lines lines(g, pattern, channels, kLines);
+    std::vector<Lines> lines;
+    std::vector<std::vector<int64_t>> taps;
+    for (const Pattern& pattern : patterns) {
+      lines.emplace_back(g, pattern, channels, kLines);
+      taps.push_back(pattern.taps);
+      for (int64_t& kx : taps.back()) kx *= channels;
+    }
     Found found(kLines, g.kh);
 #pragma omp for schedule(dynamic)
     for (int64_t begin = 0; begin < all; begin += kLines) {
       const int64_t count = std::min(kLines, all - begin);
-      lines.find(begin, count);
-      std::fill(found.count.begin(), found.count.end(), 0);
-      for (int64_t line = 0; line < count; ++line)
-        for (int64_t ky = 0; ky < g.kh; ++ky) found.add(line, lines.columns(line, ky), ky * g.kw * channels);
-      T* const to = query + begin * width + pattern.first * channels;
-      with_sizes(pattern, [&](auto size, auto kernel, auto step) {
-        constexpr int S = decltype(size)::value, K = decltype(kernel)::value, Step = decltype(step)::value;
-        constexpr int N = vectors_together<S, K>();
-        int64_t v = 0;
-        for (; v + N <= vectors.count; v += N)
-          gather_block<T, S, N, K, Step>(pattern, vectors, v, found, count, taps.data(), source, weight, bias, to);
-        for (; v < vectors.count; ++v)
-          gather_block<T, S, 1, K, Step>(pattern, vectors, v, found, count, taps.data(), source, weight, bias, to);
-      });
+      for (size_t i = 0; i < patterns.size(); ++i) {
+        lines[i].find(begin, count);
+        std::fill(found.count.begin(), found.count.end(), 0);
+        for (int64_t line = 0; line < count; ++line)
+          for (int64_t ky = 0; ky < g.kh; ++ky) found.add(line, lines[i].columns(line, ky), ky * g.kw * channels);
+        gather_block(patterns[i], vectors, found, count, group, taps[i].data(), source, weight, bias,
+                     query + begin * width + patterns[i].first * channels, width);
+      }
     }
   }
 }
@@ -245,8 +265,7 @@ void depthwise_gather(const Geometry& g, const WindowX& window, int64_t channels
   constexpr int64_t L = Vector<T>::lanes;
   if constexpr (sizeof(T) == sizeof(float)) {
     const std::vector<Pattern> found = patterns(g, window, channels, L);
-    for (const Pattern& pattern : found) gather_lines(g, pattern, channels, source, weight, bias, query, threads);
-    if (!found.empty()) return;
+    if (!found.empty()) return gather_lines(g, found, channels, source, weight, bias, query, threads);
   }
   const int64_t rows = g.rows(), blocks = (rows + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel num_threads(threads)
@@ -280,15 +299,16 @@ void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t cha
     if (!found.empty()) return lines_grad_weight(g, found[0], channels, source, query, grad, threads);
   }
   // A few channels at a time, so that their sums of all taps stay in the cache; channels are shared out among threads.
-  constexpr int64_t kChannels = kVectors * L;
-  const int64_t rows = g.rows(), taps = g.taps(), parts = (channels + kChannels - 1) / kChannels;
+  const int64_t vectors = (channels + L - 1) / L, share = (vectors + threads - 1) / threads;
+  const int64_t together = std::min(kMostVectors, std::max<int64_t>(1, share)) * L;
+  const int64_t rows = g.rows(), taps = g.taps(), parts = (channels + together - 1) / together;
 #pragma omp parallel num_threads(threads)
   {
     Neighbours near(taps);
-    std::vector<T> sum(taps * kChannels);
+    std::vector<T> sum(taps * together);
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = part * kChannels, width = std::min(kChannels, channels - first);
+      const int64_t first = part * together, width = std::min(together, channels - first);
       std::fill(sum.begin(), sum.end(), T(0));
       for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
         const int64_t end = std::min(rows, begin + kBlockRows);
@@ -297,7 +317,7 @@ void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t cha
           const T* dy = query + (begin + i) * channels + first;
           for (int64_t n = i * taps; n < i * taps + near.count[i]; ++n) {
             const T* x = source + near.source[n] * channels + first;
-            T* acc = sum.data() + near.tap[n] * kChannels;
+            T* acc = sum.data() + near.tap[n] * together;
             int64_t c = 0;
             for (; c + L <= width; c += L) {
               const V v = load(acc + c) + load(x + c) * load(dy + c);
@@ -307,7 +327,7 @@ void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t cha
           }
         }
       }
-      for (int64_t t = 0; t < taps; ++t) std::copy_n(sum.data() + t * kChannels, width, grad + t * channels + first);
+      for (int64_t t = 0; t < taps; ++t) std::copy_n(sum.data() + t * together, width, grad + t * channels + first);
     }
   }
 }

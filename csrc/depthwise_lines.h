@@ -48,13 +48,11 @@ inline std::vector<Pattern> patterns(const Geometry& g, const WindowX& window, i
 class Lines {
  public:
   Lines(const Geometry& g, const Pattern& pattern, int64_t channels, int64_t most)
-      : g_(g), pattern_(pattern), channels_(channels), grid_(pattern.columns()), in_(pattern.columns()),
-        line_of_(g.gh * g.source.height), index_(most * g.kh) {
-    offsets_.reserve(most * g.kh * pattern.columns());
-  }
+      : g_(g), pattern_(pattern), channels_(channels), columns_(pattern.columns()), in_(pattern.columns()),
+        line_of_(g.gh * g.source.height), index_(most * g.kh), offsets_(most * g.kh * pattern.columns()) {}
 
   void find(int64_t begin, int64_t count) {
-    offsets_.clear();
+    used_ = 0;
     for (int64_t line = begin; line < begin + count; ++line) {
       const int64_t patch = line / g_.query.height;
       const int32_t* coords = g_.coords + 3 * patch;
@@ -78,35 +76,44 @@ class Lines {
  private:
   static constexpr int64_t kNone = -1, kUnknown = -2;
 
+  struct Run {
+    int64_t grid, begin, end;  // the grid column of the columns [begin, end)
+  };
+
   void enter(int64_t patch_column) {
     std::fill(line_of_.begin(), line_of_.end(), kUnknown);
-    for (int64_t p = 0; p < pattern_.columns(); ++p) {
+    runs_.clear();
+    for (int64_t p = 0; p < columns_; ++p) {
       const int64_t t = std::min(p / pattern_.step, pattern_.count - 1), m = p - t * pattern_.step;
       const int64_t x = patch_column * g_.query.width + pattern_.first + t * pattern_.every;
-      const int64_t at = pattern_.taps[m] * g_.x.length + x;
-      grid_[p] = g_.x.grid[at];
-      in_[p] = g_.x.in[at];
+      const int64_t at = pattern_.taps[m] * g_.x.length + x, grid = g_.x.grid[at];
+      if (runs_.empty() || runs_.back().grid != grid) runs_.push_back({grid, p, p});
+      runs_.back().end = p + 1;
+      in_[p] = g_.x.in[at] * channels_;
     }
   }
 
   int64_t source_line(const int32_t* grid_row, int64_t y, int64_t y_in) {
     if (line_of_[y] != kUnknown) return line_of_[y];
-    const int64_t begin = static_cast<int64_t>(offsets_.size());
+    int64_t* const to = offsets_.data() + used_;
     bool any = false;
-    for (int64_t p = 0; p < pattern_.columns(); ++p) {
-      const int64_t patch = grid_[p] < 0 ? -1 : grid_row[grid_[p]];
+    for (const Run& run : runs_) {
+      const int64_t patch = run.grid < 0 ? -1 : grid_row[run.grid];
+      const int64_t first = (patch * g_.source.height + y_in) * g_.source.width * channels_;
       any |= patch >= 0;
-      offsets_.push_back(patch < 0 ? -1 : ((patch * g_.source.height + y_in) * g_.source.width + in_[p]) * channels_);
+      for (int64_t p = run.begin; p < run.end; ++p) to[p] = patch < 0 ? -1 : first + in_[p];
     }
-    if (!any) offsets_.resize(begin);
-    return line_of_[y] = any ? begin : kNone;
+    line_of_[y] = any ? used_ : kNone;
+    used_ += any ? columns_ : 0;
+    return line_of_[y];
   }
 
   const Geometry& g_;
   const Pattern& pattern_;
-  int64_t channels_;
-  std::vector<int32_t> grid_, in_;
-  std::vector<int64_t> line_of_, index_, offsets_;
+  int64_t channels_, columns_;
+  std::vector<Run> runs_;
+  std::vector<int64_t> in_, line_of_, index_, offsets_;
+  int64_t used_ = 0;
 };
 
 // What a segment of a query line reads: `lines` source lines, each with its columns and a row of what they are
@@ -152,6 +159,7 @@ SPARK_NOINLINE void gather_segment(const Reads<T>& reads, const int64_t* taps, i
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) {
         const V value = load(reads.source + offsets[p] + n * reads.second);
+        __builtin_prefetch(reads.source + offsets[p] + (N + n) * Vector<T>::lanes);
 #pragma GCC unroll 8
         for (int j = 0; j < S; ++j)
           if (p - j * Step >= 0 && p - j * Step < K) sum[j][n] += value * weight[p - j * Step][n];
