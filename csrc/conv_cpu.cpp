@@ -192,15 +192,14 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
     return;
   }
   Pairs pairs(g.taps(), g.rows());
-  WeightGradient<T> gradient(s, g.taps(), pairs.capacity, weight);
+  WeightGradient<T> gradient(s, g.taps(), pairs.capacity, pairs.capacity * kChunk >= g.rows(), weight);
 #pragma omp parallel num_threads(threads)
   {
-    Tiles<T> left(gradient.height());
-    std::vector<T> right;
+    typename WeightGradient<T>::Scratch scratch(gradient);
     for_segments(g, pairs, [&](int64_t segment, int64_t chunks) {
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < gradient.items(); ++item)
-        gradient.run(item, segment, g.rows(), chunks, grad, source, pairs, left, right);
+        gradient.run(item, segment, g.rows(), chunks, grad, source, pairs, scratch);
     });
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit);

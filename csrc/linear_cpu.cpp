@@ -83,17 +83,16 @@ void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, 
     std::fill_n(weight, width * depth, T(0));
     return;
   }
-  WeightGradient<T> gradient({depth, width, 1}, 1, chunks, weight);
+  WeightGradient<T> gradient({depth, width, 1}, 1, chunks, true, weight);
 #pragma omp parallel num_threads(threads)
   {
-    Tiles<T> left(gradient.height());
-    std::vector<T> right;
+    typename WeightGradient<T>::Scratch scratch(gradient);
     const auto pairs = [&](int64_t chunk, int64_t) {
       return IdentityPairs{std::min(kChunk, rows - chunk * kChunk), nullptr, {chunk * kChunk}};
     };
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < gradient.items(); ++item)
-      gradient.run(item, 0, rows, chunks, grad, x, pairs, left, right);
+      gradient.run(item, 0, rows, chunks, grad, x, pairs, scratch);
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit);
   }

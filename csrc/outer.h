@@ -116,8 +116,17 @@ inline void pack_row(const T* from, int64_t used, T* to) {
 template <typename T>
 class WeightGradient {
  public:
-  // `chunks` of kChunk rows at most are given to one run().
-  WeightGradient(const ConvShape& s, int64_t taps, int64_t chunks, T* weight)
+  // What a thread works with.
+  struct Scratch {
+    Tiles<T> left;
+    std::vector<T> right, sums;
+
+    explicit Scratch(const WeightGradient& of)
+        : left(of.height_), right(kChunk * panel_width<T>()), sums(of.local_ ? of.size_ : 0) {}
+  };
+
+  // `chunks` of kChunk rows at most are given to one run(); `whole`: there is only one.
+  WeightGradient(const ConvShape& s, int64_t taps, int64_t chunks, bool whole, T* weight)
       : s_(s), taps_(taps), weight_(weight), width_(s.query_channels / s.groups),
         panels_(width_, s.source_channels / s.groups, s.groups, panel_width<T>()) {
     group_ = std::min(kGroup, panels_.per_group);
@@ -128,22 +137,24 @@ class WeightGradient {
     items_ = splits_ * blocks * groups_;
     size_ = group_ * taps_ * height_ * panel_width<T>();
     direct_ = taps_ == 1 && splits_ == 1 && panels_.width % panel_width<T>() == 0;
-    if (!direct_) sums_.reset(new T[items_ * size_]);
+    local_ = splits_ == 1 && !direct_ && whole;
+    if (!direct_ && !local_) sums_.reset(new T[items_ * size_]);
   }
 
   int64_t items() const { return items_; }
-  int64_t height() const { return height_; }
 
   // Adds an item's share of `chunks` chunks of query rows, the first of which starts at row `begin`. For each chunk and
   // tap `pairs(chunk, tap)` gives {count, index of the query rows or null, function from a pair to its source row}.
   template <typename Pairs>
-  void run(int64_t item, int64_t begin, int64_t rows, int64_t chunks, const T* grad, const T* source, Pairs pairs,
-           Tiles<T>& left, std::vector<T>& right) {
+  void run(int64_t item, int64_t begin, int64_t rows, int64_t chunks, const T* grad, const T* source,
+           const Pairs& pairs, Scratch& scratch) {
     constexpr int64_t C = panel_width<T>();
     const int64_t split = item % splits_, first = item / splits_ / groups_ * height_, group = item / splits_ % groups_;
     const int64_t height = std::min(height_, width_ - first);
     const Range range = panels_of(group);
-    right.resize(kChunk * C);
+    Tiles<T>& left = scratch.left;
+    T* const right = scratch.right.data();
+    T* const sums = local_ ? scratch.sums.data() : sums_.get() + item * size_;
     const int64_t first_chunk = chunks * split / splits_;
     for (int64_t chunk = first_chunk; chunk < chunks * (split + 1) / splits_; ++chunk) {
       const int64_t row = begin + chunk * kChunk;
@@ -154,29 +165,50 @@ class WeightGradient {
         const int64_t used = panels_.used(panel);
         for (int64_t tap = 0; tap < taps_; ++tap) {
           const auto [count, index, source_of] = pairs(chunk, tap);
-          for (int64_t p = 0; p < count; ++p)
-            pack_row(from + source_of(p) * s_.source_channels, used, right.data() + p * C);
+          for (int64_t p = 0; p < count; ++p) pack_row(from + source_of(p) * s_.source_channels, used, right + p * C);
           T* const out = direct_ ? weight_ + (range.group * width_ + first) * panels_.width + panels_.first(panel)
-                                 : sums_.get() + item * size_ + ((panel - range.first) * taps_ + tap) * height_ * C;
-          outer(height, left, index, right.data(), count, used, out, direct_ ? panels_.width : C,
+                                 : sums + ((panel - range.first) * taps_ + tap) * height_ * C;
+          outer(height, left, index, right, count, used, out, direct_ ? panels_.width : C,
                 begin == 0 && chunk == first_chunk);
         }
       }
     }
+    if (local_)
+      for (int64_t unit = 0; unit < group_ * slices(); ++unit) write(item, unit, sums);
   }
 
   // The weight [query channels, source channels / groups, taps] is written in units of a few rows of one panel, along
   // which the sums lie one after another.
-  int64_t units() const { return direct_ ? 0 : items_ / splits_ * group_ * slices(); }
+  int64_t units() const { return direct_ || local_ ? 0 : items_ / splits_ * group_ * slices(); }
 
   void finish(int64_t unit) const {
+    const int64_t item = unit / slices() / group_;
+    write(item, unit % (slices() * group_), sums_.get() + item * splits_ * size_);
+  }
+
+ private:
+  static constexpr int64_t kHeight = 16 * kOuterRows, kGroup = 4, kItems = 32, kSlice = 16;
+
+  int64_t slices() const { return (height_ + kSlice - 1) / kSlice; }
+
+  struct Range {
+    int64_t group, first, last;  // of channels; panels
+  };
+
+  Range panels_of(int64_t group) const {
+    const int64_t per = groups_ / s_.groups, first = group / per * panels_.per_group + group % per * group_;
+    return {group / per, first, std::min(first + group_, (group / per + 1) * panels_.per_group)};
+  }
+
+  // Unit `unit` of an item whose sums, and those of its other splits after them, are at `sums`.
+  void write(int64_t item, int64_t unit, const T* sums) const {
     constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
-    const int64_t item = unit / slices() / group_, group = item % groups_, first = item / groups_ * height_;
-    const int64_t begin = unit % slices() * kSlice, end = std::min({begin + kSlice, height_, width_ - first});
-    const Range range = panels_of(group);
-    const int64_t panel = range.first + unit / slices() % group_;
+    const int64_t first = item / groups_ * height_, begin = unit % slices() * kSlice;
+    const int64_t end = std::min({begin + kSlice, height_, width_ - first});
+    const Range range = panels_of(item % groups_);
+    const int64_t panel = range.first + unit / slices();
     if (panel >= range.last) return;
-    const T* const sums = sums_.get() + item * splits_ * size_ + (panel - range.first) * taps_ * height_ * C;
+    sums += (panel - range.first) * taps_ * height_ * C;
     for (int64_t m = begin; m < end; ++m) {
       T* const to = weight_ + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_;
       for (int64_t c = 0; c < panels_.used(panel); c += L) {
@@ -196,27 +228,13 @@ class WeightGradient {
     }
   }
 
- private:
-  static constexpr int64_t kHeight = 16 * kOuterRows, kGroup = 4, kItems = 32, kSlice = 16;
-
-  int64_t slices() const { return (height_ + kSlice - 1) / kSlice; }
-
-  struct Range {
-    int64_t group, first, last;  // of channels; panels
-  };
-
-  Range panels_of(int64_t group) const {
-    const int64_t per = groups_ / s_.groups, first = group / per * panels_.per_group + group % per * group_;
-    return {group / per, first, std::min(first + group_, (group / per + 1) * panels_.per_group)};
-  }
-
   ConvShape s_;
   int64_t taps_;
   T* weight_;  // [query channels, source channels / groups, taps]
   int64_t width_;
   Panels panels_;
   int64_t group_, groups_, height_, splits_, items_, size_;
-  bool direct_;  // the sums are the weight itself
+  bool direct_, local_;  // the sums are the weight itself; or a thread's own, and written by it
   std::unique_ptr<T[]> sums_;
 };
 
