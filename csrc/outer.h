@@ -209,8 +209,11 @@ class WeightGradient {
     const int64_t panel = range.first + unit / slices();
     if (panel >= range.last) return;
     sums += (panel - range.first) * taps_ * height_ * C;
+    // Rows are put together in the cache: the overlapping stores of a transpose are slow where they miss it.
+    const int64_t row = panels_.used(panel) * taps_;
+    std::vector<T> rows((end - begin) * row);
     for (int64_t m = begin; m < end; ++m) {
-      T* const to = weight_ + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_;
+      T* const to = rows.data() + (m - begin) * row;
       for (int64_t c = 0; c < panels_.used(panel); c += L) {
         for (int64_t t = 0; t < taps_; t += L) {
           const int64_t count = std::min(L, taps_ - t);
@@ -226,6 +229,9 @@ class WeightGradient {
         }
       }
     }
+    for (int64_t m = begin; m < end; ++m)
+      std::copy_n(rows.data() + (m - begin) * row, row,
+                  weight_ + ((range.group * width_ + first + m) * panels_.width + panels_.first(panel)) * taps_);
   }
 
   ConvShape s_;
