@@ -207,7 +207,7 @@ class WeightGradient {
     const int64_t end = std::min({begin + kSlice, height_, width_ - first});
     const Range range = panels_of(item % groups_);
     const int64_t panel = range.first + unit / slices();
-    if (panel >= range.last) return;
+    if (panel >= range.last || begin >= end) return;
     sums += (panel - range.first) * taps_ * height_ * C;
     // Rows are put together in the cache: the overlapping stores of a transpose are slow where they miss it.
     const int64_t row = panels_.used(panel) * taps_;
