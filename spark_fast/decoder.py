@@ -39,16 +39,22 @@ class UpBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
         x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
-        x = conv[3](_norm(x, conv[1], "relu6"))  # conv[2] is the ReLU6
-        return _norm(x, conv[4])
+        x = conv[3](_norm_activation(x, conv[1], conv[2]))
+        return _norm_activation(x, conv[4], None)
 
 
-def _norm(x: torch.Tensor, norm: nn.BatchNorm2d, activation: str | None = None) -> torch.Tensor:
-    """What `norm` computes, followed by the activation, in one pass over channels-last memory."""
+def _norm_activation(x: torch.Tensor, norm: nn.Module, activation: nn.Module | None) -> torch.Tensor:
+    """activation(norm(x)), in one pass if they are what `UpBlock` made; a SyncBatchNorm, say, runs as it is."""
+    if type(norm) is not nn.BatchNorm2d or norm.momentum is None or type(activation) not in (nn.ReLU6, type(None)):
+        x = norm(x)
+        return x if activation is None else activation(x)
+    use_batch = norm.training or norm.running_mean is None
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    running = (norm.running_mean, norm.running_var)
-    return batch_norm_dense(x, *running, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps, activation)
+    return batch_norm_dense(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, use_batch, norm.momentum, norm.eps,
+        None if activation is None else "relu6",
+    )  # fmt: skip
 
 
 class Decoder(nn.Module):

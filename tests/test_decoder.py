@@ -1,5 +1,7 @@
 """The decoder against a plainly written one with the same names."""
 
+import copy
+
 import pytest
 import simulation
 import torch
@@ -63,3 +65,42 @@ def test_initial_values():
 def test_bad_width(width):
     with pytest.raises(ValueError, match="width"):
         Decoder(32, width)
+
+
+class Doubled(torch.nn.ReLU6):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def cumulative(block) -> None:
+    block.conv[1].momentum = block.conv[4].momentum = None
+
+
+def untracked(block) -> None:
+    for k in (1, 4):
+        block.conv[k] = torch.nn.BatchNorm2d(block.conv[k].num_features, track_running_stats=False, dtype=torch.float64)
+
+
+def other_activation(block) -> None:
+    block.conv[2] = Doubled(inplace=False)
+
+
+def other_norm(block) -> None:
+    block.conv[1] = torch.nn.GroupNorm(1, block.conv[1].num_features, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", [cumulative, untracked, other_activation, other_norm])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_whose_parts_were_changed_runs_them(change, training):
+    torch.manual_seed(0)
+    block = stir(Decoder(2, 32, 3)).double().dec[0]
+    change(block)
+    block.train(training)
+    plain = torch.nn.Sequential(copy.deepcopy(block.up_sample), *copy.deepcopy(block.conv))
+    for k in (1, 4):
+        plain[k].__class__ = torch.nn.Conv2d
+    for _ in range(2):
+        x = torch.randn(2, 32, 4, 6, dtype=torch.float64)
+        assert gap(block(x), plain(x)) < 1e-11
+    ours, theirs = dict(block.conv.named_buffers()), dict(plain.named_buffers())
+    assert all(gap(ours[n], theirs[f"{int(n.split('.')[0]) + 1}.{n.split('.')[1]}"]) < 1e-11 for n in ours)
