@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "depthwise_lines.h"
+#include "neighbours.h"
 
 namespace spark {
 namespace SPARK_ISA {
@@ -13,32 +14,25 @@ constexpr int kVectors = 4;           // channel vectors that are accumulated to
 constexpr int64_t kMostVectors = 16;  // whose weight's gradient is summed together
 
 // The taps of each row of a block that have a source: [row][i] -> (tap, source row).
-struct Neighbours {
+struct Sources {
   std::vector<int64_t> source;
   std::vector<int32_t> tap;
   std::vector<int64_t> count;
   int64_t taps;
 
-  explicit Neighbours(int64_t taps)
+  explicit Sources(int64_t taps)
       : source(kBlockRows * taps + 1), tap(kBlockRows * taps + 1), count(kBlockRows), taps(taps) {}
 
-  void find(const Geometry& g, int64_t begin, int64_t end) {
+  void find(const Geometry& g, const Neighbours& neighbours, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < end - begin; ++i) {
-      const Place place = place_of(g, begin + i);
       int64_t* const rows = source.data() + i * taps;
       int32_t* const at = tap.data() + i * taps;
       int64_t n = 0;
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        const int32_t gy = g.y.grid[ky * g.y.length + place.y], y = g.y.in[ky * g.y.length + place.y];
-        if (gy < 0) continue;
-        for (int64_t kx = 0; kx < g.kw; ++kx) {  // whether there is a source is hard to foresee: no branch
-          const int32_t gx = g.x.grid[kx * g.x.length + place.x], x = g.x.in[kx * g.x.length + place.x];
-          const int64_t patch = place.grid[gy * g.gw + std::max(gx, 0)];
-          rows[n] = (patch * g.source.height + y) * g.source.width + x;
-          at[n] = static_cast<int32_t>(ky * g.kw + kx);
-          n += (gx >= 0) & (patch >= 0);
-        }
-      }
+      neighbours.each(place_of(g, begin + i), [&](int64_t row, bool active, int64_t tap_of_row) {
+        rows[n] = row;
+        at[n] = static_cast<int32_t>(tap_of_row);
+        n += active;  // whether it is active is hard to foresee: no branch
+      });
       count[i] = n;
     }
   }
@@ -46,8 +40,8 @@ struct Neighbours {
 
 // to[0 .. N vectors) = start + sum of source * weight over the row's neighbours.
 template <typename T, int N>
-inline void row_sum(const Neighbours& near, int64_t i, int64_t channels, const T* source, const T* weight,
-                    const T* start, T* to) {
+inline void row_sum(const Sources& near, int64_t i, int64_t channels, const T* source, const T* weight, const T* start,
+                    T* to) {
   typedef typename Vector<T>::type V;
   constexpr int L = Vector<T>::lanes;
   V sum[N];
@@ -64,7 +58,7 @@ inline void row_sum(const Neighbours& near, int64_t i, int64_t channels, const T
 }
 
 template <typename T>
-inline void row_sum_scalar(const Neighbours& near, int64_t i, int64_t channels, const T* source, const T* weight,
+inline void row_sum_scalar(const Sources& near, int64_t i, int64_t channels, const T* source, const T* weight,
                            const T* start, T* to) {
   T sum = start ? *start : T(0);
   for (int64_t n = i * near.taps; n < i * near.taps + near.count[i]; ++n)
@@ -205,14 +199,16 @@ class LineGradient {
     }
   }
 
-  // Writes grad [tap, channel].
+  // Writes grad [tap, channel] of vector v, without what it shares with the one before.
   void finish(int64_t v, T* grad) const {
+    const int64_t c = vectors_.first(v), shared = v * L - c;
     for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-      T* const to = grad + tap * vectors_.channels + vectors_.first(v);
+      T sum[L] = {};
       for (int64_t split = 0; split < splits_; ++split) {
         const T* const from = sums_of(v / kGroup * splits_ + split, v % kGroup) + tap * L;
-        for (int64_t l = 0; l < L; ++l) to[l] = split ? to[l] + from[l] : from[l];
+        for (int64_t l = 0; l < L; ++l) sum[l] += from[l];
       }
+      std::copy(sum + shared, sum + L, grad + tap * vectors_.channels + c + shared);
     }
   }
 
@@ -268,13 +264,14 @@ void depthwise_gather(const Geometry& g, const WindowX& window, int64_t channels
     if (!found.empty()) return gather_lines(g, found, channels, source, weight, bias, query, threads);
   }
   const int64_t rows = g.rows(), blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const Neighbours neighbours(g);
 #pragma omp parallel num_threads(threads)
   {
-    Neighbours near(g.taps());
+    Sources near(g.taps());
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * kBlockRows, end = std::min(rows, begin + kBlockRows);
-      near.find(g, begin, end);
+      near.find(g, neighbours, begin, end);
       int64_t c = 0;
       const auto sweep = [&](auto body, int64_t step) {
         for (; c + step <= channels; c += step)
@@ -302,9 +299,10 @@ void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t cha
   const int64_t vectors = (channels + L - 1) / L, share = (vectors + threads - 1) / threads;
   const int64_t together = std::min(kMostVectors, std::max<int64_t>(1, share)) * L;
   const int64_t rows = g.rows(), taps = g.taps(), parts = (channels + together - 1) / together;
+  const Neighbours neighbours(g);
 #pragma omp parallel num_threads(threads)
   {
-    Neighbours near(taps);
+    Sources near(taps);
     std::vector<T> sum(taps * together);
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) {
@@ -312,7 +310,7 @@ void depthwise_grad_weight(const Geometry& g, const WindowX& window, int64_t cha
       std::fill(sum.begin(), sum.end(), T(0));
       for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
         const int64_t end = std::min(rows, begin + kBlockRows);
-        near.find(g, begin, end);
+        near.find(g, neighbours, begin, end);
         for (int64_t i = 0; i < end - begin; ++i) {
           const T* dy = query + (begin + i) * channels + first;
           for (int64_t n = i * taps; n < i * taps + near.count[i]; ++n) {

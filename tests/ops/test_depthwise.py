@@ -9,6 +9,7 @@ from exactness import DTYPES, assert_as_exact, value_and_grads
 from spark_fast import use_backend
 from spark_fast.ops.depthwise import depthwise_conv2d
 from spark_fast.ops.window import Geometry, Window
+from spark_fast.patches import ActivePatches
 
 # channels, window, side
 SHAPES = {
@@ -17,6 +18,16 @@ SHAPES = {
     "3x3 stride 2": (40, Window((3, 3), (2, 2), (1, 1)), 2),
     "5x5 dilated": (3, Window((5, 5), padding=(4, 4), dilation=(2, 2)), 2),
     "1x1": (19, Window((1, 1)), 2),
+    # Whole lines at once: 8, 4 and 2 pixels together, forward and (stride 2: every other pixel) backward.
+    "7x7 lines of 8": (33, Window((7, 7), padding=(3, 3)), 8),
+    "5x5 lines of 16": (16, Window((5, 5), padding=(2, 2)), 16),
+    "3x3 lines of 6": (24, Window((3, 3), padding=(1, 1)), 6),
+    "4x4 lines": (48, Window((4, 4), (2, 2), (1, 1)), 8),
+    "2x2 lines": (20, Window((2, 2), (2, 2)), 8),
+    "3x3 stride 2 lines": (33, Window((3, 3), (2, 2), (1, 1)), 16),
+    "5x5 stride 2 lines": (40, Window((5, 5), (2, 2), (2, 2)), 4),
+    "7x7 stride 2 lines": (17, Window((7, 7), (2, 2), (3, 3)), 8),
+    "3x7 lines": (16, Window((3, 7), (1, 1), (1, 3)), 4),
 }
 
 
@@ -58,6 +69,24 @@ def test_non_contiguous_weights_are_not_misread(some_patches):
     x, weight = torch.randn(geometry.rows_in, 5), torch.randn(5, 1, 3, 3)
     ours = depthwise_conv2d(x, weight.mT, None, geometry)
     assert torch.equal(ours, depthwise_conv2d(x, weight.mT.contiguous(), None, geometry))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_threads_do_not_matter(name):
+    channels, window, side = SHAPES[name]
+    active = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(7)) < 0.5
+    geometry = Geometry.of(ActivePatches(active), side, window)
+    x, weight = torch.randn(geometry.rows_in, channels), torch.randn(channels, 1, *window.kernel)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, grads = value_and_grads(lambda *t: depthwise_conv2d(*t, None, geometry), x, weight)
+            results.append((out, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["3x3 stride 2", "5x5 dilated"])
