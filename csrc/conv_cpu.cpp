@@ -162,6 +162,7 @@ void for_segments(const Geometry& g, Pairs& pairs, Items items) {
 template <typename T>
 void conv_gather(const Geometry& g, const ConvShape& s, const T* source, const T* weight, bool transposed,
                  const T* bias, T* query, int threads) {
+  if (!g.rows() || !s.query_channels) return;
   const Panels panels(s.source_channels / s.groups, s.query_channels / s.groups, s.groups, panel_width<T>());
   if (panels.depth <= kFewChannels && g.taps() > 1 && !transposed)
     return conv_unfolded(g, s, source, weight, bias, query, threads);
@@ -185,12 +186,12 @@ void conv_gather(const Geometry& g, const ConvShape& s, const T* source, const T
 
 template <typename T>
 void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, const T* grad, T* weight, int threads) {
-  if (s.source_channels / s.groups <= kFewChannels && g.taps() > 1)
-    return conv_unfolded_grad_weight(g, s, source, grad, weight, threads);
-  if (!g.rows()) {  // no pair, no gradient
+  if (!g.rows() || !s.query_channels || !s.source_channels) {  // no pair, no gradient
     std::fill_n(weight, s.query_channels * (s.source_channels / s.groups) * g.taps(), T(0));
     return;
   }
+  if (s.source_channels / s.groups <= kFewChannels && g.taps() > 1)
+    return conv_unfolded_grad_weight(g, s, source, grad, weight, threads);
   Pairs pairs(g.taps(), g.rows());
   WeightGradient<T> gradient(s, g.taps(), pairs.capacity, pairs.capacity * kChunk >= g.rows(), weight);
 #pragma omp parallel num_threads(threads)

@@ -33,6 +33,7 @@ template <typename T>
 void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, const T* weight, bool transposed,
                     const T* bias, T* y, int threads) {
   constexpr int64_t C = panel_width<T>(), L = Vector<T>::lanes;
+  if (!rows || !width) return;
   const Panels panels(depth, width, 1, C);
   const int64_t chunk = rows_per_item(rows, panels.total, threads), chunks = (rows + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
@@ -48,6 +49,8 @@ void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, cons
       T* const out = direct ? y + begin * width + column : acc.data();
       const int64_t ldo = direct ? width : C;
       const BiasRow<T> start(bias, column, used);
+      if (!depth)
+        for (int64_t i = 0; i < count; ++i) std::copy_n(start.values, C, out + i * ldo);
       for (int64_t k = 0; k < depth; k += kLinearDepth) {
         const int64_t part = std::min(kLinearDepth, depth - k);
         if (transposed) {  // weight (depth, width)
@@ -79,7 +82,7 @@ template <typename T>
 void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, const T* grad, T* weight,
                         [[maybe_unused]] int threads) {
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
-  if (!rows) {  // no pair, no gradient
+  if (!rows || !width || !depth) {  // no pair, no gradient
     std::fill_n(weight, width * depth, T(0));
     return;
   }

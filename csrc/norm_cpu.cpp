@@ -245,10 +245,10 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
     }
     if (!dx) return;
     // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat), the statistics being constant in evaluation.
-    const double share = training ? -1. / rows : 0;
+    const auto share = [=](double sum) { return training ? -sum / rows : 0; };  // 0 even of an infinite sum
     const std::vector<T> slopes =
-        parts.joined([&](int64_t c) { return share * sums[channels + c] * rstd[c] * rstd[c] * scale[c]; });
-    const std::vector<T> offsets = parts.joined([&](int64_t c) { return share * sums[c] * scale[c]; });
+        parts.joined([&](int64_t c) { return share(sums[channels + c]) * rstd[c] * rstd[c] * scale[c]; });
+    const std::vector<T> offsets = parts.joined([&](int64_t c) { return share(sums[c]) * scale[c]; });
     const T *slope = slopes.data(), *offset = offsets.data();
     write_all(
         parts,

@@ -38,21 +38,39 @@ class UpBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
-        x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
+        if _is_own(up, nn.ConvTranspose2d) and _is_own(conv[0], DenseConv2d):
+            x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
+        else:
+            x = conv[0](up(x))
         x = conv[3](_norm_activation(x, conv[1], conv[2]))
         return _norm_activation(x, conv[4], None)
 
 
+def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is `module` what `UpBlock` made, with nothing hooked onto it, so that a fused op may stand for its forward?"""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = type(module) is kind and not hooks
+    if own and kind is nn.ConvTranspose2d:
+        settings = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
+        own = settings == ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1)) and module.groups == 1 and module.bias is not None
+    if own and kind is DenseConv2d:
+        own = module.bias is None
+    return own
+
+
 def _norm_activation(x: torch.Tensor, norm: nn.Module, activation: nn.Module | None) -> torch.Tensor:
     """activation(norm(x)), in one pass if they are what `UpBlock` made; a SyncBatchNorm, say, runs as it is."""
-    if type(norm) is not nn.BatchNorm2d or norm.momentum is None or type(activation) not in (nn.ReLU6, type(None)):
+    fused = _is_own(norm, nn.BatchNorm2d) and norm.momentum is not None
+    if not fused or not (activation is None or _is_own(activation, nn.ReLU6)):
         x = norm(x)
         return x if activation is None else activation(x)
-    use_batch = norm.training or norm.running_mean is None
-    if norm.training and norm.num_batches_tracked is not None:
+    track = norm.training and norm.track_running_stats
+    if track and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
+    use_batch = norm.training or norm.running_mean is None
+    running = (norm.running_mean, norm.running_var) if track or not use_batch else (None, None)
     return batch_norm_dense(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, use_batch, norm.momentum, norm.eps,
+        x, *running, norm.weight, norm.bias, use_batch, norm.momentum, norm.eps,
         None if activation is None else "relu6",
     )  # fmt: skip
 

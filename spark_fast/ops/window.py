@@ -87,10 +87,20 @@ def axis_table(
     return tables
 
 
-@lru_cache(maxsize=64)
+_whole: dict[tuple[int, torch.device], ActivePatches] = {}
+
+
 def whole_images(batch: int, device: torch.device) -> ActivePatches:
     """A dense batch as patches: each image is one active patch, so that its pixels in order are its rows."""
-    return ActivePatches(torch.ones(batch, 1, 1, dtype=torch.bool, device=device), per_image=1)
+    found = _whole.get((batch, device))
+    if found is None:
+        found = ActivePatches(torch.ones(batch, 1, 1, dtype=torch.bool, device=device), per_image=1)
+        # What is made under FakeTensorMode or inference_mode is of no use outside.
+        if type(found.coords) is torch.Tensor and not found.coords.is_inference():
+            if len(_whole) >= 64:
+                _whole.clear()
+            _whole[batch, device] = found
+    return found
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,26 @@ def test_threads_do_not_change_the_result(name, some_patches):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "library", "reference"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_frozen_weight_and_any_mask(backend, groups, patches):
+    x = torch.randn(patches.rows(2), 4, requires_grad=True)
+    with use_backend(backend):
+        conv2d(x, torch.ones(4, 4 // groups, 3, 3), None, patches, 2, padding=1, groups=groups)[0].sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("channels", [(0, 5), (20, 0)])
+def test_no_channels(channels, some_patches):
+    channels, out = channels
+    x = torch.ones(some_patches.rows(2), channels, requires_grad=True)
+    w = torch.ones(out, channels, 3, 3, requires_grad=True)
+    y, _ = conv2d(x, w, torch.ones(out), some_patches, 2, padding=1)
+    assert y.shape == (x.shape[0], out) and (y == 1).all()
+    y.sum().backward()
+    assert x.grad.shape == x.shape and w.grad.shape == w.shape
+
+
 def test_no_bias_and_frozen_weight(some_patches):
     x, w, _ = make(SHAPES["3x3"], some_patches, torch.float32)
     x.requires_grad_()

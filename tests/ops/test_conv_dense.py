@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from exactness import DTYPES, assert_as_exact, value_and_grads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spark_fast as sf
 from spark_fast import use_backend
@@ -129,3 +132,41 @@ def test_up_conv2d_leaves_frozen_weights_alone():
 def test_bad_arguments_are_named(change, error, words):
     with pytest.raises(error, match=words):
         dense_conv2d(*change(*tensors(torch.float32, (2, 16, 4, 4), (16, 16, 3, 3), (16,))))
+
+
+UP = ((2, 16, 48, 48), (16, 18, 4, 4), (18,), (16, 18, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x, u, b, w: (x[0], u, b, w), ValueError, "images"),
+        (lambda x, u, b, w: (x, u[..., 1:, 1:], b, w), ValueError, "up_weight"),
+        (lambda x, u, b, w: (x, u[1:], b, w), ValueError, "up_weight"),
+        (lambda x, u, b, w: (x, u[0], b, w), ValueError, "up_weight"),
+        (lambda x, u, b, w: (x, u, b[1:], w), ValueError, "up_bias"),
+        (lambda x, u, b, w: (x, u, b, w[:, 1:]), ValueError, "weight"),
+        (lambda x, u, b, w: (x, u, b, w.double()), TypeError, "weight"),
+    ],
+)
+def test_bad_arguments_of_up_conv2d_are_named(change, error, words):
+    with pytest.raises(error, match=words):
+        up_conv2d(*change(*tensors(torch.float32, *UP)))
+
+
+def test_no_images():
+    x, w = torch.ones(0, 16, 4, 4, requires_grad=True), torch.ones(17, 16, 3, 3, requires_grad=True)
+    y = dense_conv2d(x, w)
+    assert y.shape == (0, 17, 4, 4)
+    y.sum().backward()
+    assert not w.grad.any()
+    assert up_conv2d(x, torch.ones(16, 16, 4, 4), torch.ones(16), w).shape == (0, 17, 8, 8)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode])
+def test_what_ran_under_another_mode_leaves_nothing_behind(mode):
+    batch = 7 if mode is FakeTensorMode else 9  # of no other test
+    inputs = tensors(torch.float64, (batch, 17, 6, 6), (18, 17, 3, 3), (18,))
+    with mode(), contextlib.suppress(TypeError):  # the compiled kernels refuse a FakeTensor
+        dense_conv2d(*(torch.randn(t.shape, dtype=t.dtype) for t in inputs))
+    check(dense_conv2d, lambda x, w, b: F.conv2d(x, w, b, padding=1), inputs, [9 * 18 * 36] * 4)

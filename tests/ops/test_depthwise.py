@@ -89,6 +89,22 @@ def test_the_threads_do_not_matter(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_threads_that_share_a_vector_of_channels_do_not_add_twice(some_patches):
+    """24 channels are a vector and a half: the last one overlaps the one before. Many times, since a race is rare."""
+    geometry = Geometry.of(some_patches, 4, Window((9, 7), padding=(4, 3)))
+    x, weight = torch.randn(geometry.rows_in, 24), torch.randn(24, 1, 9, 7)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _, alone = value_and_grads(lambda *t: depthwise_conv2d(*t, None, geometry), x, weight)
+        torch.set_num_threads(2)
+        for _ in range(300):
+            _, grads = value_and_grads(lambda *t: depthwise_conv2d(*t, None, geometry), x, weight)
+            assert torch.equal(grads[1], alone[1])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["3x3 stride 2", "5x5 dilated"])
 def test_gradcheck(name, some_patches):
     _, window, side = SHAPES[name]

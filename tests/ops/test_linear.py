@@ -77,6 +77,21 @@ def test_autocast_uses_its_dtype_and_gives_gradients_in_the_parameters():
     assert {t.grad.dtype for t in inputs} == {torch.float32}
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 0), (3, 0, 5), (0, 0, 0), (3, 0, 33)], ids=str)
+def test_no_channels(shape):
+    rows, channels, out = shape
+    x, w, b = (torch.ones(s, requires_grad=True) for s in ((rows, channels), (out, channels), (out,)))
+    y = linear(x, w, b)
+    assert torch.equal(y, torch.nn.functional.linear(x, w, b))
+    y.sum().backward()
+    assert [t.grad.shape for t in (x, w, b)] == [t.shape for t in (x, w, b)]
+
+
+def test_a_lazily_negated_tensor_is_not_misread():
+    x, w, _ = make((13, 65, 7), torch.float64)
+    torch.testing.assert_close(linear(torch._neg_view(x), w), -(x @ w.t()))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -363,3 +363,28 @@ def test_bad_arguments_are_named():
         layer_norm(x.long())
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         batch_norm_dense(x, None, None, training=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "library", "reference"])
+def test_in_evaluation_an_infinite_gradient_stays_in_its_row(backend):
+    x = torch.randn(5, 3, requires_grad=True)
+    upstream = torch.ones(5, 3)
+    upstream[2, 1] = torch.inf
+    with use_backend(backend, "norm"):
+        batch_norm(x, torch.zeros(3), torch.ones(3)).backward(upstream)
+    finite = x.grad.isfinite()
+    assert not finite[2, 1] and finite.sum() == 14
+
+
+@pytest.mark.parametrize("backend", ["cpu", "library", "reference"])
+def test_a_strided_weight_is_not_misread(backend):
+    holder = torch.full((14,), torch.nan)
+    holder[::2] = torch.arange(1.0, 8)
+    x = torch.randn(9, 7)
+    grads = []
+    for weight in (holder[::2], holder[::2].clone()):
+        at = x.clone().requires_grad_()
+        with use_backend(backend, "norm"):
+            batch_norm(at, None, None, weight, None, training=True).square().sum().backward()
+        grads.append(at.grad)
+    assert torch.equal(*grads)

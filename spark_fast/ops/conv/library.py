@@ -34,5 +34,5 @@ def _settings(geometry: Geometry) -> tuple:
 
 def _image(rows, patches: ActivePatches, size: tuple[int, int]) -> torch.Tensor:
     if patches.grid == (1, 1) and patches.per_image == 1:  # whole images: their rows are all pixels in order
-        return rows.view(patches.batch, *size, -1).permute(0, 3, 1, 2)
+        return rows.view(patches.batch, *size, rows.shape[1]).permute(0, 3, 1, 2)
     return scatter(rows, patches, size[0] // patches.grid[0], None)

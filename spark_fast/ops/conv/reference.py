@@ -28,4 +28,7 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
 def _vjp(function, at: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         at = at.detach().requires_grad_()
-        return torch.autograd.grad(function(at), at, grad, allow_unused=True, materialize_grads=True)[0]
+        out = function(at)
+        if not out.requires_grad:  # of no active pixel
+            return torch.zeros_like(at)
+        return torch.autograd.grad(out, at, grad, allow_unused=True, materialize_grads=True)[0]

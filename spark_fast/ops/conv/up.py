@@ -31,8 +31,22 @@ def up_conv2d(
 
     Returns:
         (B, O, 2 H, 2 W), channels-last in memory.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; the message names it.
     """
     images, up_weight, up_bias, weight = checks.autocast(images, up_weight, up_bias, weight)
+    if images.dim() != 4:
+        raise ValueError(f"up_conv2d: images must be (B, C, H, W); got shape {tuple(images.shape)}")
+    if up_weight.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"up_conv2d: up_weight must be (C, M, 4, 4) and weight (O, M, 3, 3); got shapes {tuple(up_weight.shape)} "
+            f"and {tuple(weight.shape)}"
+        )
+    middle = up_weight.shape[1]
+    checks.check_like("up_conv2d", "up_weight", up_weight, images, (images.shape[1], middle, 4, 4))
+    checks.check_like("up_conv2d", "up_bias", up_bias, images, (middle,))
+    checks.check_like("up_conv2d", "weight", weight, images, (weight.shape[0], middle, 3, 3))
     run = backend.select("conv", images.device, images.dtype)
     if hasattr(run, "cell_forward") and _pays(images, weight):
         return ComposedFunction.apply(images, up_weight, up_bias, weight, run)
@@ -80,7 +94,7 @@ def _rows(images: torch.Tensor) -> torch.Tensor:
 
 
 def _images(rows: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 class ComposedFunction(torch.autograd.Function):

@@ -11,6 +11,7 @@ IN_PLACE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, in
 def batch_norm_forward(
     features, weight, bias, running_mean, running_var, training, momentum, eps, activation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight, bias = _packed(weight), _packed(bias)
     image, mean, rstd = torch.native_batch_norm(
         _image(features), weight, bias, running_mean, running_var, training, momentum, eps
     )
@@ -23,6 +24,7 @@ def batch_norm_forward(
 def batch_norm_backward(
     grad, features, weight, bias, mean, rstd, training, activation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight = _packed(weight)
     grad = _before(activation, grad, features, weight, bias, mean, rstd)
     if not training:
         scale = rstd if weight is None else rstd * weight
@@ -46,6 +48,11 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
     return torch.ops.aten.native_layer_norm_backward(
         grad, features, features.shape[1:], mean, rstd, weight, bias, wanted
     )
+
+
+def _packed(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """PyTorch's channels-last kernels do not look at the stride of a weight."""
+    return None if vector is None else vector.contiguous()
 
 
 def _image(rows: torch.Tensor) -> torch.Tensor:
