@@ -20,7 +20,8 @@ def crossover(points: list[tuple[float, float]]) -> str:
     """From which mask ratio on sparse is faster: points are (mask ratio, gain), ratios ascending."""
     slower = [i for i, (_, ratio) in enumerate(points) if ratio < 1]
     if not slower:
-        return "faster at every ratio measured"
+        equal = [x for x, ratio in points if ratio < 1.02]
+        return f"equal at {equal[-1]:g}, faster above" if equal else "faster at every ratio measured"
     if slower[-1] == len(points) - 1:
         return "slower at the highest ratio measured"
     (x0, y0), (x1, y1) = points[slower[-1]], points[slower[-1] + 1]

@@ -168,9 +168,20 @@ def figures(result: dict | None, *ops: str) -> str:
     return table([*heads, "GFLOP/s", "GB/s", "of the floor", "fastest dense form"], rows)
 
 
+def missed(result: dict | None) -> list[str]:
+    """Convolutions that do not reach their aim, the three directions together."""
+    found = []
+    for group in (group for op in ("conv", "depthwise") for group in by_layer(cases(result, "op", op=op))):
+        reached = sum(i["ms"]["dense"] for i in group) / sum(i["ms"]["sparse"] for i in group)
+        aim = aims.of_layer(group[0])
+        if aim and reached < aim:
+            found.append(f"{group[0]['net']} {name_of(group[0])} {reached:.2f}x for {aim}x")
+    return found
+
+
 def losses(result: dict | None) -> str:
-    """Every case that is slower than dense or than plain gathering, by name."""
-    lines = []
+    """Every convolution that misses its aim, and every case slower than dense or than plain gathering, by name."""
+    lines = [f"- Aims missed: {'; '.join(missed(result)) or 'none'}."]
     for side, words in (("dense", "dense"), ("gather", "gathering in plain PyTorch")):
         slow = [i for i in cases(result, "op") if i["ratio"].get(side, 1) < 0.995]
         named = [f"{i['net']} {name_of(i)}, {HEADS.get(i['direction'], i['direction'])}" for i in slow]

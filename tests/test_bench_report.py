@@ -124,6 +124,7 @@ def test_tidy_keeps_the_values(report, tmp_path):
     ("gains", "words"),
     [
         ([(0.0, 1.1), (0.6, 2.0)], "faster at every ratio measured"),
+        ([(0.0, 1.01), (0.6, 2.0)], "equal at 0, faster above"),
         ([(0.0, 0.8), (0.4, 1.2), (0.6, 2.0)], "faster from 0.20 on"),
         ([(0.0, 0.5), (0.6, 0.9)], "slower at the highest ratio measured"),
     ],

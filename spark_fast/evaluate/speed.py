@@ -17,8 +17,8 @@ from spark_fast.patches import ActivePatches
 from spark_fast.tensor import SparseTensor
 
 # How far results may be apart, as a share of a tensor's largest value: in float64; and, as they are timed, the maps by
-# the rounding of a whole network, and the gradients, which jump where rounding moves an input across a ReLU's kink. A tap
-# left out would be farther.
+# the rounding of a whole network, and the gradients, which jump where rounding moves an input across a ReLU's kink. A
+# tap left out would be farther.
 EXACT, ROUNDED, NEAR = 1e-8, 1e-4, 2e-2
 PROVEN = 2  # images of the proof, which float64 makes slow
 SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
