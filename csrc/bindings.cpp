@@ -260,6 +260,37 @@ void layer_norm_backward(int64_t element_size, int64_t rows, int64_t channels, A
   });
 }
 
+// (coords, patches, channels, side, 4 strides of the images, 4 strides of the prediction)
+spark::PatchGrid patch_grid(const py::tuple& t) {
+  const auto number = [&](int i) { return t[i].cast<int64_t>(); };
+  return {at<const int32_t>(t[0].cast<Address>()),
+          number(1),
+          number(2),
+          number(3),
+          {number(4), number(5), number(6), number(7)},
+          {number(8), number(9), number(10), number(11)}};
+}
+
+void patch_loss_forward(const py::tuple& where, int64_t element_size, Address images, Address prediction, double eps,
+                        Address error, Address mean, Address root, int threads) {
+  const spark::PatchGrid g = patch_grid(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(patch_loss_forward<T>(g, at<const T>(images), at<const T>(prediction), eps, at<double>(error),
+                                         at<T>(mean), at<T>(root), threads));
+  });
+}
+
+void patch_loss_grad(const py::tuple& where, int64_t element_size, Address images, Address prediction, Address mean,
+                     Address root, double scale, Address grad, int threads) {
+  const spark::PatchGrid g = patch_grid(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(patch_loss_grad<T>(g, at<const T>(images), at<const T>(prediction), at<const T>(mean),
+                                      at<const T>(root), scale, at<T>(grad), threads));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -287,6 +318,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("winograd_grad_weight", &winograd_grad_weight);
   m.def("linear_forward", &linear_forward);
   m.def("linear_grad_weight", &linear_grad_weight);
+  m.def("patch_loss_forward", &patch_loss_forward);
+  m.def("patch_loss_grad", &patch_loss_grad);
   m.def("depthwise_gather", &depthwise_gather);
   m.def("depthwise_grad_weight", &depthwise_grad_weight);
   m.def("batch_norm_forward", &batch_norm_forward);

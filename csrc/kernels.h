@@ -13,6 +13,14 @@ struct WindowX {
   bool transposed;
 };
 
+// Patches of `side` pixels at coords [patches, 3] (image, grid row, grid column) of two batches of images with the
+// strides of (batch, channel, row, column).
+struct PatchGrid {
+  const int32_t* coords;
+  int64_t patches, channels, side;
+  int64_t image[4], out[4];
+};
+
 enum class Activation { none, relu, relu6 };
 
 struct ConvShape {

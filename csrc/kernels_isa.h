@@ -79,4 +79,15 @@ template <typename T>
 void layer_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* mean,
                          const T* rstd, T* dx, T* dweight, T* dbias, int threads);
 
+// error[p]: mean squared distance of the prediction from the normalised pixels of patch p, whose mean and root of
+// (unbiased variance + eps) are mean[p] and root[p].
+template <typename T>
+void patch_loss_forward(const PatchGrid&, const T* images, const T* prediction, double eps, double* error, T* mean,
+                        T* root, int threads);
+
+// grad = scale * (prediction - target) in the patches, with the prediction's strides; elsewhere it is left alone.
+template <typename T>
+void patch_loss_grad(const PatchGrid&, const T* images, const T* prediction, const T* mean, const T* root, double scale,
+                     T* grad, int threads);
+
 }  // namespace SPARK_KERNELS

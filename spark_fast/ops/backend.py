@@ -31,7 +31,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("library", "cuda", "reference"),
         "*": ("library", "reference"),
     },
-    "patch_loss": {"cpu": ("library", "reference"), "*": ("library", "reference")},
+    "patch_loss": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
 }
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)

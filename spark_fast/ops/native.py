@@ -35,7 +35,7 @@ def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, 
     tables = geometry.axis_tables(transposed)
     y_grid, y_in, x_grid, x_in = (t.ctypes.data for t in tables)
     query, source, sizes = geometry.query, geometry.source, (geometry.patch_out, geometry.patch_in)
-    _check_plain(query.coords, source.coords)
+    check_plain(query.coords, source.coords)
     length_y, length_x = geometry.size_out
     if transposed:
         query, source, sizes = source, query, sizes[::-1]
@@ -53,13 +53,14 @@ def computing(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     Raises:
         TypeError: a tensor subclass, such as a FakeTensor, which has no memory that a kernel could read.
     """
-    _check_plain(*tensors)
+    check_plain(*tensors)
     first = next(t for t in tensors if t is not None)
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     return tuple(None if t is None else t.to(dtype).contiguous().resolve_neg() for t in tensors)
 
 
-def _check_plain(*tensors: torch.Tensor | None) -> None:
+def check_plain(*tensors: torch.Tensor | None) -> None:
+    """Raises TypeError for a tensor subclass, such as a FakeTensor, which has no memory that a kernel could read."""
     for tensor in tensors:
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise TypeError(f"the compiled CPU kernels need plain tensors; got {type(tensor).__name__}")

@@ -44,3 +44,38 @@ def test_gradcheck(some_patches):
 def test_shapes_must_agree(some_patches):
     with pytest.raises(ValueError, match="same shape"):
         patch_loss(torch.zeros(2, 3, 6, 8), torch.zeros(2, 1, 6, 8), some_patches)
+
+
+@pytest.mark.parametrize("name", ["cpu", "library"])
+def test_strides_are_not_misread(name, some_patches):
+    prediction, images = (torch.randn(2, 3, 12, 16) for _ in range(2))
+    prediction.requires_grad_()
+    with use_backend("reference", "patch_loss"):
+        loss = patch_loss(prediction, images, some_patches)
+    (grad,) = torch.autograd.grad(loss, prediction)
+    layouts = [
+        (prediction.contiguous(memory_format=torch.channels_last), images[..., None].expand(2, 3, 12, 16, 2)[..., 0]),
+        (prediction.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), images.transpose(2, 3).contiguous().mT),
+        (torch.stack((prediction, prediction))[1], torch.zeros(2, 3, 24, 32)),
+    ]
+    layouts[2][1][:, :, ::2, ::2] = images
+    layouts[2] = (layouts[2][0], layouts[2][1][:, :, ::2, ::2])
+    for p, i in layouts:
+        p = p.detach().requires_grad_()
+        with use_backend(name, "patch_loss"):
+            again = patch_loss(p, i, some_patches)
+        torch.testing.assert_close(again, loss, rtol=2e-6, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(again, p)[0], grad, rtol=1e-5, atol=1e-8)
+
+
+def test_an_expanded_prediction(some_patches):
+    images, value = torch.randn(2, 3, 12, 16), torch.randn(2, 3, 1, 1, requires_grad=True)
+    (ours,) = torch.autograd.grad(patch_loss(value.expand(2, 3, 12, 16), images, some_patches), value)
+    with use_backend("reference", "patch_loss"):
+        (theirs,) = torch.autograd.grad(patch_loss(value.expand(2, 3, 12, 16), images, some_patches), value)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_patches_must_fit(some_patches):
+    with pytest.raises(ValueError, match="square patches"):
+        patch_loss(torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 8), some_patches)

@@ -22,7 +22,7 @@ def gather_patches(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor
     Raises:
         TypeError, ValueError: images do not fit the patches; the message says how.
     """
-    _check_images(images, patches)
+    check_images(images, patches)
     return GatherPatches.apply(images, patches, backend.select("densify", images.device))
 
 
@@ -46,7 +46,7 @@ def scatter_patches(
     return ScatterPatches.apply(features, fill, patches, side, backend.select("densify", features.device))
 
 
-def _check_images(images: torch.Tensor, patches: ActivePatches) -> None:
+def check_images(images: torch.Tensor, patches: ActivePatches) -> None:
     checks.check_patches("gather_patches", patches)
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images must be a tensor; got {type(images).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spark_fast.ops import backend
+from spark_fast.ops.densify.api import check_images
 from spark_fast.patches import ActivePatches
 
 EPS = 1e-6  # added to the variance of a patch
@@ -17,6 +18,7 @@ def normalize_patches(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (patches - mean) / root, mean, root
 
 
+@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
     """Mean squared error against the per-patch normalised pixels, over the masked patches (paper, section 3.3).
 
@@ -29,12 +31,17 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
         scalar, at least float32; 0 if no patch is masked.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError, ValueError: shapes or devices do not fit.
     """
     if prediction.shape != images.shape:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and images {tuple(images.shape)} must have the same shape"
         )
+    from spark_fast.ops.patch_loss import library  # which imports this module
+
+    check_images(images, patches)
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    run = backend.select("patch_loss", prediction.device)
+    # Images are the target; in the unusual case that they need a gradient, PyTorch's operations give it.
+    target_needs = images.requires_grad and torch.is_grad_enabled()
+    run = library if target_needs else backend.select("patch_loss", prediction.device)
     return run.forward(prediction.to(dtype), images.to(dtype), patches)
