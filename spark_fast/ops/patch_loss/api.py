@@ -41,7 +41,7 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
 
     check_images(images, patches)
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    # Images are the target; in the unusual case that they need a gradient, PyTorch's operations give it.
-    target_needs = images.requires_grad and torch.is_grad_enabled()
-    run = library if target_needs else backend.select("patch_loss", prediction.device)
+    run = backend.select("patch_loss", prediction.device)
+    if images.requires_grad and torch.is_grad_enabled() and run.__name__.endswith(".cpu"):
+        run = library  # the kernel takes the images as the target only, and has no gradient of them
     return run.forward(prediction.to(dtype), images.to(dtype), patches)
