@@ -54,6 +54,7 @@ class ActivePatches:
                 per_image, output_size=active.shape[0] * per_image
             )
         self.per_image = per_image
+        self.derived: dict[object, object] = {}  # what ops compute once from these tables
         self._complement: ActivePatches | None = None
         self.count = place.shape[0]
         gw = active.shape[2]

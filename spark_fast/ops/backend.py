@@ -1,7 +1,7 @@
 """Which backend of an op runs: by device, in a documented order, or as forced by `use_backend`.
 
-Nothing falls back silently: the first backend that is listed for the device runs, and when its native module is missing
-the call raises.
+The first backend that is listed for the device and takes the case runs. Nothing falls back silently: when its compiler
+or native module is missing the call raises. The one exception is "cuda", an addition to "triton" for machines with nvcc.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from spark_fast.ops.triton_launch import interpreted
+
 # op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
 # "cpu half" is the CPU in float16 and bfloat16, for which PyTorch's library has instructions and our kernels have none.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -22,7 +24,11 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu half": ("library", "cpu", "reference"),
         "*": ("library", "reference"),
     },
-    "conv": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
+    "conv": {
+        "cpu": ("cpu", "library", "reference"),
+        "cuda": ("triton", "library", "reference"),
+        "*": ("library", "reference"),
+    },
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "norm": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
@@ -33,6 +39,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "patch_loss": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
 }
+OPTIONAL = ("cuda",)  # backends that a machine may lack; the next one in the order runs there
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)
 
@@ -54,17 +61,42 @@ def _load(op: str, backend: str) -> ModuleType:
     return module
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
+def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *case: object) -> ModuleType:
     """The backend module that runs `op` on `device`, in `dtype` where that matters.
 
+    Args:
+        case: the op's arguments, which a backend that does not take all of them looks at (`unsupported` of its module).
+
     Raises:
-        BackendError: the preferred backend, or the forced one, cannot run here.
+        BackendError: the preferred backend, or the forced one, cannot run here; or the forced one does not take the
+            case.
     """
     order = _order(op, device.type, dtype)
     forced = (_forced.get() or {}).get(op)
-    if forced is not None and forced not in order:
-        raise BackendError(f"backend '{forced}' of op '{op}' does not run on {device.type}; it has {', '.join(order)}")
-    return _load(op, forced or order[0])
+    if forced is not None:
+        if forced not in order and not (forced == "triton" and device.type == "cpu" and interpreted()):
+            raise BackendError(
+                f"backend '{forced}' of op '{op}' does not run on {device.type}; it has {', '.join(order)}"
+            )
+        module = _load(op, forced)
+        reason = _unsupported(module, case)
+        if reason:
+            raise BackendError(f"backend '{forced}' of op '{op}' does not take this case: {reason}")
+        return module
+    for name in order[:-1]:
+        try:
+            module = _load(op, name)
+        except BackendError:
+            if name in OPTIONAL:
+                continue
+            raise
+        if not _unsupported(module, case):
+            return module
+    return _load(op, order[-1])
+
+
+def _unsupported(module: ModuleType, case: tuple) -> str | None:
+    return module.unsupported(*case) if case and hasattr(module, "unsupported") else None
 
 
 @contextlib.contextmanager

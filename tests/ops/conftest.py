@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spark_fast as sf
-from spark_fast.ops import native
+from spark_fast.ops import native, triton_launch
 
 
 def _mask(kind: str) -> torch.Tensor:
@@ -54,3 +54,12 @@ def instruction_set(request):
     native.module().set_isa(request.param)
     yield request.param
     native.module().set_isa(best)
+
+
+@pytest.fixture
+def on_triton():
+    """The device on which Triton's kernels run, and they are forced meanwhile: a GPU, or the CPU in the interpreter."""
+    if triton_launch.unavailable():
+        pytest.skip(triton_launch.unavailable())
+    with sf.use_backend("triton"):
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")

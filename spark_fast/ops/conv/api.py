@@ -61,7 +61,7 @@ def conv2d(
         return linear(features, weight.flatten(1), bias), geometry.side_out
     if groups == channels == out_channels and groups > 1:
         return depthwise_conv2d(features, weight, bias, geometry), geometry.side_out
-    run = backend.select("conv", features.device)
+    run = backend.select("conv", features.device, features.dtype, features, weight, geometry, groups)
     return Conv2dFunction.apply(features, weight, bias, geometry, groups, run), geometry.side_out
 
 

@@ -96,6 +96,6 @@ def _check(op: str, like: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def _apply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
-    run = backend.select("conv", rows.device, rows.dtype)
+    run = backend.select("conv", rows.device, rows.dtype, rows, weight, geometry, 1)
     out = Conv2dFunction.apply(rows, weight, bias, geometry, 1, run)
     return out.view(geometry.query.batch, *geometry.size_out, weight.shape[0]).permute(0, 3, 1, 2)

@@ -1,0 +1,42 @@
+"""Tile sizes that the Triton convolution may run with; all are compiled and checked for spills by the tests."""
+
+from __future__ import annotations
+
+import torch
+
+from spark_fast.ops.tuning import Config
+
+GATHER: list[Config] = [
+    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+]
+OUTER: list[Config] = [
+    {"BLOCK_C": 64, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_C": 128, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_C": 128, "BLOCK_N": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_C": 16, "BLOCK_N": 16, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
+]
+# float32 outside TF32 runs on the CUDA cores, element by element from registers.
+SMALL_GATHER: Config = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+SMALL_OUTER: Config = {"BLOCK_C": 32, "BLOCK_N": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2}
+
+
+def gather_configs(dtype: torch.dtype, precision: str) -> list[Config]:
+    return _fitting(GATHER, SMALL_GATHER, dtype, precision, "BLOCK_K")
+
+
+def outer_configs(dtype: torch.dtype, precision: str) -> list[Config]:
+    return _fitting(OUTER, SMALL_OUTER, dtype, precision, "BLOCK_R")
+
+
+def _fitting(configs: list[Config], small: Config, dtype: torch.dtype, precision: str, depth: str) -> list[Config]:
+    if dtype != torch.float32:
+        return configs
+    if precision == "ieee":
+        return [small]
+    return [{**config, depth: config[depth] // 2} for config in configs]  # elements twice as wide
