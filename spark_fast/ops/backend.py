@@ -1,7 +1,7 @@
 """Which backend of an op runs: by device, in a documented order, or as forced by `use_backend`.
 
 The first backend that is listed for the device and takes the case runs. Nothing falls back silently: when its compiler
-or native module is missing the call raises. The one exception is "cuda", an addition to "triton" for machines with nvcc.
+or native module is missing the call raises. The one exception is "cuda", an addition for machines with nvcc.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ import pytest
 import torch
 from exactness import DTYPES, assert_as_exact, value_and_grads
 
+import spark_fast as sf
 from spark_fast import use_backend
-from spark_fast.ops.conv import conv2d
+from spark_fast.ops import tuning
+from spark_fast.ops.conv import configs, conv2d, reference
+from spark_fast.ops.window import Geometry, Window
 
 # in, out, groups, kernel, stride, padding, dilation, side
 SHAPES = {
@@ -25,6 +28,16 @@ SHAPES = {
     "grouped 1x1": (6, 9, 3, 1, 1, 0, 1, 2),
     "oblong": (3, 5, 1, (1, 5), 1, (0, 2), 1, 2),
     "multiplier": (3, 6, 3, 3, 1, 1, 1, 2),
+}
+
+# The same with few enough channels for the interpreter, and what only these kernels do.
+TRITON_SHAPES = {name: shape for name, shape in SHAPES.items() if "winograd" not in name} | {
+    "3x3 side 2": (20, 17, 1, 3, 1, 1, 1, 2),
+    "stem": (3, 12, 1, 7, 2, 3, 1, 4),
+    "5x5 dilated": (3, 20, 1, 5, 1, 4, 2, 2),
+    "9x9": (2, 3, 1, 9, 1, 4, 1, 1),
+    "3x3 stride 3": (4, 5, 1, 3, 3, 0, 1, 3),
+    "deep": (150, 4, 1, 3, 1, 1, 1, 1),
 }
 
 
@@ -53,7 +66,7 @@ def test_every_instruction_set(name, some_patches, instruction_set):
 
 
 def check(shape, dtype, patches):
-    inputs = make(shape, patches, dtype)
+    inputs = [t.to(patches.device) for t in make(shape, patches, dtype)]
     ours, our_grads = value_and_grads(lambda *t: run(shape, patches, *t), *inputs)
     with use_backend("reference"):
         theirs, their_grads = value_and_grads(lambda *t: run(shape, patches, *t), *inputs)
@@ -66,6 +79,87 @@ def check(shape, dtype, patches):
     for what, mine, own, true, n in zip(("input", "weight", "bias"), our_grads, their_grads, grads, terms, strict=True):
         assert mine.dtype == dtype
         assert_as_exact(mine, own, true, f"grad {what}", n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TRITON_SHAPES)
+def test_triton(name, dtype, some_patches, on_triton):
+    check(TRITON_SHAPES[name], dtype, sf.ActivePatches(some_patches.active.to(on_triton)))
+
+
+@pytest.mark.parametrize("name", ["3x3 side 1", "3x3 stride 2", "2x2 stride 2", "grouped"])
+def test_triton_on_any_mask(name, patches, on_triton):
+    check(TRITON_SHAPES[name], torch.float32, sf.ActivePatches(patches.active.to(on_triton)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", range(6))
+def test_triton_in_every_configuration(number, dtype, some_patches, on_triton):
+    """Sorted rows (side 1) and natural order (side 3), several tiles of rows, output channels and depth."""
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    for side in (1, 3):
+        shape = (70, 36, 1, 3, 1, 1, 1, side)
+        inputs = [t.to(on_triton) for t in make(shape, patches, dtype)]
+        x, w, b = inputs
+        grad = torch.randn(patches.rows(side), 36, device=on_triton, dtype=torch.float64).to(dtype)
+        geometry = Geometry.of(patches, side, Window((3, 3), (1, 1), (1, 1)))
+        gather = configs.gather_configs(dtype, "tf32")[number]
+        outer = configs.outer_configs(dtype, "tf32")
+        outer = outer[number % len(outer)]
+        from spark_fast.ops.conv import triton
+
+        with tuning.forced(gather):
+            mine = triton.forward(x, w, b, geometry, 1), triton.grad_input(grad, w, geometry, 1)
+        with tuning.forced(outer):
+            mine += (triton.grad_weight(grad, x, geometry, 1, w),)
+        for run_with, results in ((torch.Tensor.double, true := []), (lambda t: t, own := [])):
+            x_, w_, b_, grad_ = map(run_with, (x, w, b, grad))
+            results += [reference.forward(x_, w_, b_, geometry, 1), reference.grad_input(grad_, w_, geometry, 1)]
+            results += [reference.grad_weight(grad_, x_, geometry, 1, w_)]
+        terms = (9 * 70, 9 * 36, patches.rows(side))
+        for what, a, theirs, oracle, n in zip(("forward", "input", "weight"), mine, own, true, terms, strict=True):
+            assert_as_exact(a, theirs, oracle, f"{what} at side {side}", n)
+
+
+def test_triton_weight_gradient_in_parts(monkeypatch, patches, on_triton):
+    from spark_fast.ops.conv import triton
+
+    monkeypatch.setattr(triton, "LEAST_PART", 5)
+    check(TRITON_SHAPES["3x3"], torch.float32, sf.ActivePatches(patches.active.to(on_triton)))
+
+
+def test_triton_repeats_bit_for_bit(some_patches, on_triton):
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    inputs = [t.to(on_triton) for t in make(SHAPES["3x3 side 1"], patches, torch.float32)]
+    results = [value_and_grads(lambda *t: run(SHAPES["3x3 side 1"], patches, *t), *inputs) for _ in range(2)]
+    for a, b in zip(*[(out, *grads) for out, grads in results], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_triton_leaves_float64_to_the_library(some_patches, on_triton):
+    x, w, b = make(SHAPES["3x3"], some_patches, torch.float64)
+    with pytest.raises(sf.BackendError, match="float64"):
+        run(SHAPES["3x3"], some_patches, x, w, b)
+
+
+def test_triton_schedule(some_patches, on_triton):
+    """Every row once; a tile's list holds the taps of its rows; what they read is what the geometry says."""
+    from spark_fast.ops.conv.triton import schedule
+
+    patches, block = sf.ActivePatches(some_patches.active.to(on_triton)), 16
+    geometry = Geometry.of(patches, 2, Window((3, 3), (1, 1), (1, 1)))
+    order, counts, lists, sources = schedule(geometry, False, block)
+    assert schedule(geometry, False, block)[0] is order  # kept
+    assert torch.equal(order.sort().values.cpu(), torch.arange(patches.rows(2), dtype=torch.int32))
+    neighbors = geometry.neighbors.cpu()
+    for tile, rows in enumerate(order.cpu().split(block)):
+        needed = {tap for tap in range(9) if (neighbors[tap, rows.long()] >= 0).any()}
+        found = lists[tile, : counts[tile]].tolist()
+        assert set(found) == needed and len(found) == len(needed)
+        for place, tap in enumerate(found):
+            expected = neighbors[tap, rows.long()]
+            assert torch.equal(sources[tile, place, : len(rows)].cpu().long(), expected)
+    assert counts.sum() < 9 * len(counts)  # some taps are skipped
 
 
 @pytest.mark.parametrize("name", SHAPES)

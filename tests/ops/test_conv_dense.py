@@ -23,6 +23,22 @@ def tensors(dtype, *sizes):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_project_on_triton(side, dtype, patches, on_triton):
+    patches = sf.ActivePatches(patches.active.to(on_triton))
+    if min(patches.grid) * side < 2:
+        pytest.skip("project needs maps of at least 2x2 pixels")
+    inputs = [t.to(on_triton) for t in tensors(dtype, (patches.rows(side), 18), (18,), (20, 18, 3, 3), (20,))]
+    pixels = patches.batch * patches.grid[0] * patches.grid[1] * side**2
+    terms = (2 * 9 * 18, 9 * 20, 2 * 9 * 20 * pixels, 2 * pixels, pixels)
+
+    def theirs(x, token, w, b):
+        return F.conv2d(filled(x + token, token, patches, side), w, b, padding=1)
+
+    check(lambda x, token, w, b: project(x + token, token, patches, side, w, b), theirs, inputs, terms)
+
+
 def check(ours, theirs, inputs, terms):
     """`ours` and PyTorch's `theirs` on the same inputs; terms: of the sums of the output and of each gradient."""
     mine, my_grads = value_and_grads(ours, *inputs)

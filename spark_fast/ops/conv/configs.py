@@ -7,18 +7,18 @@ import torch
 from spark_fast.ops.tuning import Config
 
 GATHER: list[Config] = [
-    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 5},
+    {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
 ]
 OUTER: list[Config] = [
-    {"BLOCK_C": 64, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_C": 128, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_C": 128, "BLOCK_N": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_C": 64, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_C": 64, "BLOCK_N": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_C": 128, "BLOCK_N": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 4},
+    {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_C": 16, "BLOCK_N": 16, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 ]
 # float32 outside TF32 runs on the CUDA cores, element by element from registers.

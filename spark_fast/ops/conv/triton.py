@@ -58,13 +58,13 @@ def _gather(source, weight, bias, geometry: Geometry, groups: int, transposed: b
     def run(config):
         out = source.new_empty(rows, groups * width)
         block = config["BLOCK_M"]
-        order = counts = lists = None
+        plan = (None,) * 4
         if _sorted(geometry, transposed) and not unfold:
-            order, counts, lists = schedule(geometry, transposed, block)
+            plan = schedule(geometry, transposed, block)
         grid = (triton.cdiv(rows, block) * triton.cdiv(width, config["BLOCK_N"]), groups)
         launch(
-            gather_gemm, grid, source, kernel, bias, out, query.coords, reads.grid_to_patch, order, counts, lists,
-            rows, *reads.grid, CHANNELS=channels, WIDTH=width, GROUPS=groups, TAPS=taps, UNFOLD=unfold,
+            gather_gemm, grid, source, kernel, bias, out, query.coords, reads.grid_to_patch, *plan, rows,
+            *reads.grid, CHANNELS=channels, WIDTH=width, GROUPS=groups, TAPS=taps, UNFOLD=unfold,
             WINDOW=window, **dots, **config,
         )  # fmt: skip
         return out
@@ -110,41 +110,47 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
 def _sorted(geometry: Geometry, transposed: bool) -> bool:
     """Do rows differ so much in the taps they have that sorting them pays?"""
     window = geometry.window
-    if not 1 < window.taps <= MOST_SORTED:
+    if not 1 < window.taps <= MOST_SORTED or not (transposed or geometry.source is geometry.query):
         return False
     return (transposed and window.stride != (1, 1)) or max(geometry.patch_in if transposed else geometry.patch_out) <= 2
 
 
-def schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows sorted by the set of taps that they have, and which taps each tile of `block` of them needs.
+def schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Tensor, ...]:
+    """The rows sorted by the set of taps that they have, and what each tile of `block` of them reads.
 
     Made once per batch and window: it is kept with the patches.
 
     Returns:
-        order (rows,), counts (tiles,) and lists (tiles, taps), int32: a tile's taps are the first `count` of its list.
+        int32: order (rows,), counts (tiles,), lists (tiles, taps), sources (tiles, taps, block). Tile i needs the taps
+        lists[i, :counts[i]]; its row j reads sources[i, n, j] at tap lists[i, n], negative where nothing.
     """
-    query, reads = (geometry.source, geometry.query) if transposed else (geometry.query, geometry.source)
-    key = ("schedule", id(reads), geometry.window, geometry.size_in, geometry.size_out, transposed, block)
-    if key not in query.derived:
-        query.derived[key] = (reads, _schedule(geometry, transposed, block))  # `reads` kept alive with its id
-    return query.derived[key][1]
+    patches, same = geometry.source, geometry.source is geometry.query  # else the query is whole images
+    key = ("schedule", same, geometry.window, geometry.size_in, geometry.size_out, transposed, block)
+    if key not in patches.derived:
+        patches.derived[key] = _schedule(geometry, transposed, block)
+    return patches.derived[key]
 
 
-def _schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Tensor, ...]:
     query, reads = (geometry.source, geometry.query) if transposed else (geometry.query, geometry.source)
     rows, taps = geometry.rows_in if transposed else geometry.rows_out, geometry.window.taps
+    tiles, window = triton.cdiv(rows, block), window_constant(geometry, transposed)
     masks = torch.empty(rows, dtype=torch.int64, device=query.device)
     launch(
         tap_masks, (triton.cdiv(rows, 256),), masks, query.coords, reads.grid_to_patch, rows, *reads.grid, TAPS=taps,
-        BLOCK=256, WINDOW=window_constant(geometry, transposed),
+        BLOCK=256, WINDOW=window,
     )  # fmt: skip
     masks, order = torch.sort(masks, stable=True)
-    tiles = triton.cdiv(rows, block)
     masks = torch.nn.functional.pad(masks, (0, tiles * block - rows)).view(tiles, block, 1)
-    tap = torch.arange(taps, device=masks.device)
-    has = (masks.bitwise_right_shift(tap) & 1).amax(1)  # (tiles, taps)
-    lists = torch.sort(has, dim=1, descending=True, stable=True).indices
-    return order.to(torch.int32), has.sum(1, dtype=torch.int32), lists.to(torch.int32)
+    has = (masks.bitwise_right_shift(torch.arange(taps, device=masks.device)) & 1).amax(1)  # (tiles, taps)
+    lists = torch.sort(has, dim=1, descending=True, stable=True).indices.to(torch.int32)
+    order, counts = order.to(torch.int32), has.sum(1, dtype=torch.int32)
+    sources = torch.empty(tiles, taps, block, dtype=torch.int32, device=query.device)
+    launch(
+        schedule_sources, (tiles, taps), sources, query.coords, reads.grid_to_patch, order, lists, rows, *reads.grid,
+        TAPS=taps, BLOCK=block, WINDOW=window,
+    )  # fmt: skip
+    return order, counts, lists, sources
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -173,6 +179,29 @@ def tap_masks(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def schedule_sources(
+    sources,
+    coords,
+    grid_to_patch,
+    order,
+    lists,
+    rows,
+    grid_h,
+    grid_w,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """sources (tiles, TAPS, BLOCK): what a tile's rows, in `order`, read at its list's taps. Grid: (tiles, TAPS)."""
+    slot = tl.program_id(0).to(tl.int64) * TAPS + tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = at < rows
+    image, y, x = place(tl.load(order + at, mask=exists, other=0), exists, coords, WINDOW)
+    read = source_row(image, y, x, exists, tl.load(lists + slot), grid_to_patch, grid_h, grid_w, WINDOW)
+    tl.store(sources + slot * BLOCK + tl.arange(0, BLOCK), read)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def gather_gemm(
     source,
     kernel,
@@ -183,6 +212,7 @@ def gather_gemm(
     order,
     counts,
     lists,
+    sources,
     rows,
     grid_h,
     grid_w,
@@ -202,7 +232,7 @@ def gather_gemm(
 
     source (source rows, GROUPS * CHANNELS), kernel (TAPS, GROUPS, CHANNELS, WIDTH), bias (GROUPS * WIDTH,) or None, out
     (rows, GROUPS * WIDTH). Grid: (tiles of rows * tiles of WIDTH, GROUPS). With `order` the rows are taken in that
-    order and tile i runs the first counts[i] taps of lists[i]. UNFOLD: depth is (tap, channel) together.
+    order, and a tile reads by its part of `schedule`. UNFOLD: depth is (tap, channel) together.
     """
     blocks_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // blocks_n
@@ -211,7 +241,8 @@ def gather_gemm(
     exists = row < rows
     if order is not None:
         row = tl.load(order + row, mask=exists, other=0)
-    image, y, x = place(row, exists, coords, WINDOW)
+    else:
+        image, y, x = place(row, exists, coords, WINDOW)
     column = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -234,14 +265,15 @@ def gather_gemm(
                 grid_h, grid_w, WINDOW,
             )  # fmt: skip
         else:
-            tap = step // blocks_k
-            if order is not None:
-                tap = tl.load(lists + tile * TAPS + tap)
             channel = step % blocks_k * BLOCK_K + depth
             has = channel < CHANNELS
-            read = source_row(
-                image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW,
-            )[:, None]  # fmt: skip
+            if order is not None:
+                slot = tile.to(tl.int64) * TAPS + step // blocks_k
+                tap = tl.load(lists + slot)
+                read = tl.load(sources + slot * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+            else:
+                tap = step // blocks_k
+                read = source_row(image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW)[:, None]
         at = read.to(tl.int64) * (GROUPS * CHANNELS) + (group * CHANNELS + channel)[None, :]
         a = tl.load(source + at, mask=(read >= 0) & has[None, :], other=0.0)
         at_kernel = ((tap * GROUPS + group) * CHANNELS + channel)[:, None] * WIDTH + column[None, :]
