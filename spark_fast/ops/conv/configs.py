@@ -21,13 +21,19 @@ OUTER: list[Config] = [
     {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_C": 16, "BLOCK_N": 16, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 ]
+# With taps and channels as one depth every element has an address of its own, which takes registers.
+UNFOLDED: list[Config] = [
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+]
 # float32 outside TF32 runs on the CUDA cores, element by element from registers.
 SMALL_GATHER: Config = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
 SMALL_OUTER: Config = {"BLOCK_C": 32, "BLOCK_N": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2}
 
 
-def gather_configs(dtype: torch.dtype, precision: str) -> list[Config]:
-    return _fitting(GATHER, SMALL_GATHER, dtype, precision, "BLOCK_K")
+def gather_configs(dtype: torch.dtype, precision: str, unfold: bool = False) -> list[Config]:
+    return _fitting(UNFOLDED if unfold else GATHER, SMALL_GATHER, dtype, precision, "BLOCK_K")
 
 
 def outer_configs(dtype: torch.dtype, precision: str) -> list[Config]:

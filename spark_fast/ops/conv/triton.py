@@ -53,7 +53,7 @@ def _gather(source, weight, bias, geometry: Geometry, groups: int, transposed: b
     window = window_constant(geometry, transposed)
     unfold = channels <= MOST_UNFOLDED and taps > 1
     dots = dot_constants()
-    choices = configs.gather_configs(source.dtype, dots["PRECISION"])
+    choices = configs.gather_configs(source.dtype, dots["PRECISION"], unfold)
 
     def run(config):
         out = source.new_empty(rows, groups * width)
@@ -74,9 +74,10 @@ def _gather(source, weight, bias, geometry: Geometry, groups: int, transposed: b
 
 
 def _default_gather(choices, width: int):
-    if len(choices) == 1:
+    """The narrowest for few output channels, the second, which is wider, for many."""
+    if len(choices) == 1 or 16 < width <= 64:
         return choices[0]
-    return choices[5] if width <= 16 else choices[0] if width <= 64 else choices[1]
+    return choices[-1] if width <= 16 else choices[1]
 
 
 def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torch.Tensor:
@@ -102,7 +103,8 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
         total = sums[0] if parts == 1 else sums.sum(0)  # (taps, groups, C, O), in a fixed order
         return total.permute(1, 3, 2, 0).reshape(weight.shape).to(weight.dtype)
 
-    default = choices[0] if len(choices) == 1 or min(channels, width) > 16 or unfold else choices[4]
+    narrow = width <= 16 or (channels <= 16 and not unfold)
+    default = choices[-1] if narrow else choices[0]
     case = (features.dtype, channels, width, groups, *window, dots["PRECISION"])
     return tuning.run("conv.outer", case, rows, choices, default, run, features.device)
 
