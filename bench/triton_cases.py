@@ -54,7 +54,7 @@ def convolution(active: sf.ActivePatches) -> Iterator[Case]:
         w, b = meta(out, channels // groups, *window.kernel, dtype=dtype), meta(out, dtype=dtype)
         unfold = channels // groups <= triton.MOST_UNFOLDED
         gather = tuple(configs.gather_configs(dtype, "tf32", unfold)) if every_config else ()
-        outer = tuple(configs.outer_configs(dtype, "tf32")) if every_config else ()
+        outer = tuple(configs.outer_configs(dtype, "tf32", unfold)) if every_config else ()
         name = f"{name}, {channels} -> {out}, side {side}, {str(dtype).removeprefix('torch.')}"
         yield Case(f"conv forward {name}", lambda: triton.forward(x, w, b, geometry, groups), gather)
         if channels > 3:
@@ -74,6 +74,7 @@ def convolution(active: sf.ActivePatches) -> Iterator[Case]:
     yield from directions("3x3/2", 8, 128, 128, down, HALF, True)
     yield from directions("1x1/2", 8, 256, 512, Window((1, 1), (2, 2)), HALF, False)
     yield from directions("7x7/2", 32, 3, 64, Window((7, 7), (2, 2), (3, 3)), HALF, True)
+    yield from directions("7x7/2", 32, 3, 64, Window((7, 7), (2, 2), (3, 3)), FLOAT, False)
     yield from directions("4x4/4", 32, 3, 128, Window((4, 4), (4, 4)), HALF, False)
     yield from directions("2x2/2", 8, 128, 256, Window((2, 2), (2, 2)), HALF, False)
     yield from directions("3x3 in 32 groups", 8, 128, 128, three, HALF, False, groups=32)

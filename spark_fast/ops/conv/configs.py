@@ -22,10 +22,15 @@ OUTER: list[Config] = [
     {"BLOCK_C": 16, "BLOCK_N": 16, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 ]
 # With taps and channels as one depth every element has an address of its own, which takes registers.
-UNFOLDED: list[Config] = [
+UNFOLDED_GATHER: list[Config] = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+]
+UNFOLDED_OUTER: list[Config] = [
+    {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_C": 64, "BLOCK_N": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_C": 32, "BLOCK_N": 16, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 ]
 # float32 outside TF32 runs on the CUDA cores, element by element from registers.
 SMALL_GATHER: Config = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
@@ -33,11 +38,11 @@ SMALL_OUTER: Config = {"BLOCK_C": 32, "BLOCK_N": 32, "BLOCK_R": 32, "num_warps":
 
 
 def gather_configs(dtype: torch.dtype, precision: str, unfold: bool = False) -> list[Config]:
-    return _fitting(UNFOLDED if unfold else GATHER, SMALL_GATHER, dtype, precision, "BLOCK_K")
+    return _fitting(UNFOLDED_GATHER if unfold else GATHER, SMALL_GATHER, dtype, precision, "BLOCK_K")
 
 
-def outer_configs(dtype: torch.dtype, precision: str) -> list[Config]:
-    return _fitting(OUTER, SMALL_OUTER, dtype, precision, "BLOCK_R")
+def outer_configs(dtype: torch.dtype, precision: str, unfold: bool = False) -> list[Config]:
+    return _fitting(UNFOLDED_OUTER if unfold else OUTER, SMALL_OUTER, dtype, precision, "BLOCK_R")
 
 
 def _fitting(configs: list[Config], small: Config, dtype: torch.dtype, precision: str, depth: str) -> list[Config]:

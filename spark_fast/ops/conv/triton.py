@@ -86,7 +86,7 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
     window = window_constant(geometry)
     unfold = channels <= MOST_UNFOLDED and taps > 1
     dots = dot_constants()
-    choices = configs.outer_configs(features.dtype, dots["PRECISION"])
+    choices = configs.outer_configs(features.dtype, dots["PRECISION"], unfold)
 
     def run(config):
         depth = taps * channels if unfold else channels
