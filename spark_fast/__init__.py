@@ -8,6 +8,7 @@ from spark_fast.mask import random_patch_mask
 from spark_fast.memory import keep_memory
 from spark_fast.nn import to_dense, to_sparse
 from spark_fast.ops.backend import BackendError, use_backend
+from spark_fast.ops.tuning import autotune
 from spark_fast.patches import ActivePatches
 from spark_fast.rules import SparseOpError, rule
 from spark_fast.spark import SparK
@@ -17,8 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivePatches", "BackendError", "Decoder", "Densify", "Encoder", "SparK", "SparseOpError", "SparseTensor",
-    "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense", "to_sparse",
-    "use_backend",
+    "autotune", "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense",
+    "to_sparse", "use_backend",
 ]  # fmt: skip
 
 

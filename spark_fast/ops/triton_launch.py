@@ -72,6 +72,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+def packed(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as kernels read them: contiguous, without a pending negation."""
+    return tuple(None if t is None else t.contiguous().resolve_neg() for t in tensors)
+
+
 def launch(kernel, grid: tuple[int, ...], *args: torch.Tensor | int | float | None, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)` on the tensors' device and its current stream; nothing for an empty grid.
 
@@ -81,12 +86,15 @@ def launch(kernel, grid: tuple[int, ...], *args: torch.Tensor | int | float | No
 
     Raises:
         ValueError: a number is too large for the kernels' 32-bit arguments.
+        TypeError: a tensor subclass, such as a FakeTensor, which has no memory that a kernel could read.
     """
     if 0 in grid:
         return
     for value in args:
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"{kernel.__name__}: at most {LARGEST} rows; got {value}. Use a smaller batch")
+        if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(f"{kernel.__name__} needs plain tensors; got {type(value).__name__}")
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append(_describe(kernel, args, constants))

@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 
 TABLES = Path(__file__).parent / "tables"
 _found: dict[str, dict[str, Config]] = {}  # GPU -> key -> the config in use
+_looked_up: dict[tuple, Config | None] = {}  # the same by argument, for speed; None: nothing is known
 _forced: ContextVar[Config | None] = ContextVar("spark_fast_forced_config", default=None)
 _autotune: ContextVar[tuple[bool, bool] | None] = ContextVar("spark_fast_autotune", default=None)
 
@@ -58,14 +59,24 @@ def run(
         return function(forced)
     if device.type != "cuda":  # the interpreter
         return function(default)
-    gpu = slug(torch.cuda.get_device_name(device))
-    key = "|".join(str(part) for part in (kernel, *case))
     bucket = max(rows - 1, 0).bit_length()
-    config = _known(gpu, key, bucket, configs)
-    if config is None and _may_measure(device):
+    place = (device.index, kernel, case, bucket)
+    if place not in _looked_up:
+        _looked_up[place] = _known(_gpu(device.index), _key(kernel, case), bucket, configs)
+    config = _looked_up[place]
+    if config is None and _may_measure():
         config = _measure(configs, function)
-        _remember(gpu, f"{key}|2^{bucket}", config)
+        _remember(_gpu(device.index), f"{_key(kernel, case)}|2^{bucket}", config)
     return function(config or default)
+
+
+@lru_cache
+def _gpu(index: int | None) -> str:
+    return slug(torch.cuda.get_device_name(index))
+
+
+def _key(kernel: str, case: tuple[Any, ...]) -> str:
+    return "|".join(str(part) for part in (kernel, *case))
 
 
 def _known(gpu: str, key: str, bucket: int, configs: Sequence[Config]) -> Config | None:
@@ -79,7 +90,7 @@ def _known(gpu: str, key: str, bucket: int, configs: Sequence[Config]) -> Config
     return None
 
 
-def _may_measure(device: torch.device) -> bool:
+def _may_measure() -> bool:
     wanted, in_group = _autotune.get() or (os.environ.get("SPARK_FAST_AUTOTUNE") == "1", False)
     if not wanted or torch.cuda.is_current_stream_capturing():
         return False
@@ -109,6 +120,7 @@ def milliseconds(function: Callable[[], Any]) -> float:
 
 def _remember(gpu: str, key: str, config: Config) -> None:
     _found[gpu][key] = config
+    _looked_up.clear()
     path = cache_file(gpu)
     entries = {**_read(path, versions()), key: config}  # what another process has found meanwhile is kept
     try:
@@ -127,7 +139,7 @@ def _read(path: Path, wanted: dict[str, str] | None) -> dict[str, Config]:
         if wanted is not None and content["versions"] != wanted:
             return {}
         return dict(content["entries"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path} is no tuning table and is left out ({type(error).__name__}: {error})", stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import DTYPES, assert_as_exact, value_and_grads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spark_fast as sf
 from spark_fast import use_backend
@@ -140,6 +141,24 @@ def test_triton_leaves_float64_to_the_library(some_patches, on_triton):
     x, w, b = make(SHAPES["3x3"], some_patches, torch.float64)
     with pytest.raises(sf.BackendError, match="float64"):
         run(SHAPES["3x3"], some_patches, x, w, b)
+
+
+def test_triton_reads_any_memory_as_it_is_meant(some_patches, on_triton):
+    """Rows with a stride, and what is only marked as negated."""
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    x, w, b = (t.to(on_triton) for t in make(TRITON_SHAPES["3x3 side 1"], patches, torch.float32))
+    expected = run(TRITON_SHAPES["3x3 side 1"], patches, x, w, b)
+    strided = torch.empty(x.shape[::-1], device=on_triton).t().copy_(x)
+    negated = [torch._neg_view(-t) for t in (x, w, b)]
+    assert torch.equal(run(TRITON_SHAPES["3x3 side 1"], patches, strided, w, b), expected)
+    assert torch.equal(run(TRITON_SHAPES["3x3 side 1"], patches, *negated), expected)
+
+
+def test_triton_refuses_tensors_without_memory(some_patches, on_triton):
+    with FakeTensorMode() as mode:
+        x, w, b = (mode.from_tensor(t) for t in make(TRITON_SHAPES["3x3 side 1"], some_patches, torch.float32))
+        with pytest.raises(TypeError, match="plain tensors"):
+            run(TRITON_SHAPES["3x3 side 1"], some_patches, x, w, b)
 
 
 def test_triton_schedule(some_patches, on_triton):

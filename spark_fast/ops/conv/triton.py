@@ -13,7 +13,7 @@ import triton.language as tl
 
 from spark_fast.ops import tuning
 from spark_fast.ops.conv import configs
-from spark_fast.ops.triton_launch import dot_constants, launch, unavailable  # noqa: F401  (asked by ops.backend)
+from spark_fast.ops.triton_launch import dot_constants, launch, packed, unavailable  # noqa: F401  (asked by ops.backend)
 from spark_fast.ops.triton_window import place, source_row, window_constant
 from spark_fast.ops.window import Geometry
 
@@ -40,14 +40,14 @@ def grad_input(grad, weight, geometry: Geometry, groups: int) -> torch.Tensor:
 
 
 def _gather(source, weight, bias, geometry: Geometry, groups: int, transposed: bool) -> torch.Tensor:
-    source = source.contiguous()
+    source, bias = packed(source, bias)
     channels, width = (
         (weight.shape[0] // groups, weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0] // groups)
     )
     taps = geometry.window.taps
     # (O, C / groups, kh, kw) -> (taps, groups, depth, width)
     kernel = weight.reshape(groups, -1, weight.shape[1], taps).permute(3, 0, 1, 2)
-    kernel = (kernel if transposed else kernel.transpose(2, 3)).contiguous()
+    kernel = packed(kernel if transposed else kernel.transpose(2, 3))[0]
     query, reads = (geometry.source, geometry.query) if transposed else (geometry.query, geometry.source)
     rows = geometry.rows_in if transposed else geometry.rows_out
     window = window_constant(geometry, transposed)
@@ -81,7 +81,7 @@ def _default_gather(choices, width: int):
 
 
 def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torch.Tensor:
-    grad, features = grad.contiguous(), features.contiguous()
+    grad, features = packed(grad, features)
     channels, width, taps, rows = weight.shape[1], weight.shape[0] // groups, geometry.window.taps, geometry.rows_out
     window = window_constant(geometry)
     unfold = channels <= MOST_UNFOLDED and taps > 1

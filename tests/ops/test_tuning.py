@@ -1,0 +1,197 @@
+"""Which configuration a GPU kernel runs with: forced, measured, cached, shipped, or the rule of thumb."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import spark_fast as sf
+from spark_fast.ops import tuning
+
+GPU = torch.device("cuda")
+CONFIGS = [{"BLOCK": 32}, {"BLOCK": 64}, {"BLOCK": 128}]
+TIMES = {32: 3.0, 64: 1.0, 128: 2.0}
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU called "Test GPU 1" on which a configuration takes its time of TIMES; lists the measured ones."""
+    measured = []
+
+    def milliseconds(function):
+        block = function()["BLOCK"]
+        measured.append(block)
+        return TIMES[block]
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "_looked_up", {})
+    tuning._gpu.cache_clear()
+    monkeypatch.setenv("SPARK_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARK_FAST_AUTOTUNE", raising=False)
+    (tmp_path / "tables").mkdir()
+    yield measured
+    tuning._gpu.cache_clear()
+
+
+def chosen(rows=1000, case=("bf16", 64), device=GPU):
+    return tuning.run("conv.gather", case, rows, CONFIGS, CONFIGS[0], lambda config: config, device)
+
+
+def cached() -> dict:
+    return json.loads(tuning.cache_file("test-gpu-1").read_text())
+
+
+def forget():
+    """As in a new process."""
+    tuning._found.clear()
+    tuning._looked_up.clear()
+
+
+def test_without_measurements_the_rule_of_thumb_runs_and_nothing_is_measured(gpu):
+    assert chosen() == CONFIGS[0]
+    assert gpu == [] and not tuning.cache_file("test-gpu-1").exists()
+
+
+def test_on_the_cpu_nothing_is_measured(gpu):
+    with sf.autotune():
+        assert chosen(device=torch.device("cpu")) == CONFIGS[0]
+    assert gpu == []
+
+
+def test_autotune_measures_once_and_another_process_finds_the_result(gpu):
+    with sf.autotune():
+        assert chosen() == CONFIGS[1]
+        assert chosen() == CONFIGS[1]
+    assert gpu == [32, 64, 128]
+    forget()
+    assert chosen() == CONFIGS[1]
+    assert gpu == [32, 64, 128]
+    assert list(cached()["entries"]) == ["conv.gather|bf16|64|2^10"]
+
+
+def test_the_environment_can_ask_for_it(gpu, monkeypatch):
+    monkeypatch.setenv("SPARK_FAST_AUTOTUNE", "1")
+    with sf.autotune(enabled=False):
+        assert chosen() == CONFIGS[0]
+    assert chosen() == CONFIGS[1]
+
+
+def test_another_batch_size_is_not_measured_again_another_layer_is(gpu):
+    with sf.autotune():
+        chosen(rows=1000)
+        for rows in (700, 1024, 1025, 1800, 300):
+            assert chosen(rows=rows) == CONFIGS[1]
+        assert len(gpu) == 3
+        chosen(case=("bf16", 128))
+        chosen(rows=100_000)
+    assert len(gpu) == 9
+
+
+def test_a_shipped_table_is_used_and_a_measurement_of_this_machine_comes_first(gpu):
+    (tuning.TABLES / "test-gpu-1.json").write_text(
+        json.dumps({"entries": {"conv.gather|bf16|64|2^10": {"BLOCK": 128}}})
+    )
+    assert chosen() == CONFIGS[2]
+    tuning._remember("test-gpu-1", "conv.gather|bf16|64|2^10", CONFIGS[1])
+    forget()
+    assert chosen() == CONFIGS[1]
+
+
+def test_a_configuration_that_no_longer_ships_is_not_used(gpu):
+    (tuning.TABLES / "test-gpu-1.json").write_text(json.dumps({"entries": {"conv.gather|bf16|64|2^10": {"BLOCK": 7}}}))
+    assert chosen() == CONFIGS[0]
+
+
+def test_other_versions_void_the_cache(gpu, monkeypatch):
+    with sf.autotune():
+        chosen()
+    forget()
+    monkeypatch.setattr(tuning, "versions", lambda: {"kernels": "other"})
+    assert chosen() == CONFIGS[0]
+    with sf.autotune():
+        chosen()
+    assert cached()["versions"] == {"kernels": "other"}
+
+
+def test_versions_change_with_the_kernels_source(monkeypatch, tmp_path):
+    tuning.versions.cache_clear()
+    try:
+        before = tuning.versions()
+        assert set(before) == {"kernels", "torch", "triton"}
+        (tmp_path / "triton.py").write_text("other")
+        monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+        tuning.versions.cache_clear()
+        assert tuning.versions()["kernels"] != before["kernels"]
+    finally:
+        tuning.versions.cache_clear()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\0"])
+def test_a_damaged_cache_is_reported_and_replaced(gpu, content):
+    path = tuning.cache_file("test-gpu-1")
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="no tuning table"), sf.autotune():
+        assert chosen() == CONFIGS[1]
+    assert cached()["entries"]
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_the_result_used(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARK_FAST_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="SPARK_FAST_CACHE"), sf.autotune():
+        assert chosen() == CONFIGS[1]
+        assert chosen() == CONFIGS[1]
+    assert len(gpu) == 3
+
+
+def test_never_while_a_graph_is_captured(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with sf.autotune():
+        assert chosen() == CONFIGS[0]
+    assert gpu == []
+
+
+def test_in_a_process_group_only_if_allowed(gpu, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with sf.autotune():
+        assert chosen() == CONFIGS[0]
+    with sf.autotune(in_process_group=True):
+        assert chosen() == CONFIGS[1]
+
+
+def test_a_configuration_too_large_for_the_gpu_is_passed_over(gpu):
+    class OutOfResources(Exception):  # noqa: N818  (Triton's name)
+        pass
+
+    def run(config):
+        if config["BLOCK"] == 64:
+            raise OutOfResources
+        return config
+
+    with sf.autotune():
+        assert tuning.run("conv.gather", (), 10, CONFIGS, CONFIGS[0], run, GPU) == CONFIGS[2]
+
+    def broken(config):
+        raise ZeroDivisionError
+
+    with sf.autotune(), pytest.raises(ZeroDivisionError):
+        tuning.run("conv.gather", ("x",), 10, CONFIGS, CONFIGS[0], broken, GPU)
+
+
+def test_forced(gpu):
+    with tuning.forced({"BLOCK": 5}):
+        assert chosen() == {"BLOCK": 5}
+    assert chosen() == CONFIGS[0]
+
+
+def test_shipped_tables_name_configurations_that_ship():
+    """Each table is for one GPU model; its entries were measured there by bench/gpu_check."""
+    for path in tuning.TABLES.glob("*.json"):
+        assert json.loads(path.read_text())["entries"]
