@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 
 from spark_fast.ops.triton_launch import interpreted
+from spark_fast.ops.window import Geometry
+from spark_fast.patches import ActivePatches
 
 # op -> device type -> backends, preferred first. Each backend is the module spark_fast.ops.<op>.<backend>.
 # "cpu half" is the CPU in float16 and bfloat16, for which PyTorch's library has instructions and our kernels have none.
@@ -39,6 +41,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "patch_loss": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
 }
+MEASURED = ("triton", "cuda")  # where both take a case, tables of measurements say which is faster
 OPTIONAL = ("cuda",)  # backends that a machine may lack; the next one in the order runs there
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)
@@ -83,7 +86,18 @@ def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *cas
         if reason:
             raise BackendError(f"backend '{forced}' of op '{op}' does not take this case: {reason}")
         return module
-    for name in order[:-1]:
+    if device.type != "cuda":
+        return _load(op, order[0])
+    fitting = _fitting(op, order, case)
+    own = [name for name in fitting if name in MEASURED]
+    name = _fastest(op, own, device, case) if case and len(own) > 1 else fitting[0]
+    return _load(op, name)
+
+
+def _fitting(op: str, order: tuple[str, ...], case: tuple) -> list[str]:
+    """The backends that can run here and take the case."""
+    fitting = []
+    for name in order:
         try:
             module = _load(op, name)
         except BackendError:
@@ -91,8 +105,34 @@ def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *cas
                 continue
             raise
         if not _unsupported(module, case):
-            return module
-    return _load(op, order[-1])
+            fitting.append(name)
+    return fitting
+
+
+def _fastest(op: str, names: list[str], device: torch.device, case: tuple) -> str:
+    """The one that was fastest on such a case, by the tables of `spark_fast.ops.tuning`; else the first."""
+    from spark_fast.ops import tuning
+
+    first = case[0]
+    key = tuple(_described(value, value is first) for value in case)
+    configs = [{"backend": name} for name in names]
+
+    def trial(config: dict) -> None:
+        api = importlib.import_module(f"spark_fast.ops.{op}.api")
+        api.trial(_load(op, config["backend"]), *case)
+
+    best = tuning.best(f"{op}.backend", key, first.shape[0], configs, trial, device)
+    return best["backend"] if best else names[0]
+
+
+def _described(value: object, first: bool) -> object:
+    """What of an argument a measurement holds for: not the number of rows or images."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, *value.shape[1 if first else 0 :])
+    if isinstance(value, Geometry):
+        window = value.window
+        return (*window.kernel, *window.stride, *window.padding, *window.dilation, *value.patch_in, *value.patch_out)
+    return value.grid if isinstance(value, ActivePatches) else value
 
 
 def _unsupported(module: ModuleType, case: tuple) -> str | None:
@@ -131,15 +171,16 @@ def report() -> list[dict[str, object]]:
             if device == "cpu half" and device not in devices:
                 continue
             names = devices.get(device, devices["*"])
+            problems = {name: _problem(op, name, device) for name in names}
+            runs = next((name for name in names if not problems[name] or name not in OPTIONAL), None)
             for name in names:
-                reason = _problem(op, name, device)
-                chosen = name == names[0] and not reason
-                if not reason and not chosen:
-                    reason = f"'{names[0]}' comes first; force it with use_backend('{name}')"
-                available = chosen or reason.startswith("'")
+                chosen = name == runs and not problems[name]
+                waits = f"'{runs}' comes first; force it with use_backend('{name}')"
+                if name in MEASURED and runs in MEASURED:
+                    waits += ", or let autotune() measure which is faster on a shape"
                 rows.append(
-                    {"op": op, "device": device, "backend": name, "available": available, "chosen": chosen,
-                     "reason": "" if chosen else reason}
+                    {"op": op, "device": device, "backend": name, "available": not problems[name], "chosen": chosen,
+                     "reason": "" if chosen else problems[name] or waits}
                 )  # fmt: skip
     return rows
 

@@ -24,7 +24,7 @@ import torch
 
 from spark_fast.files import write_text
 
-Config = dict[str, int]
+Config = dict[str, int | str]
 Result = TypeVar("Result")
 
 TABLES = Path(__file__).parent / "tables"
@@ -54,11 +54,24 @@ def run(
         default: the rule of thumb's choice.
         function: runs the kernel, and may be called several times.
     """
-    forced = _forced.get()
-    if forced is not None:
-        return function(forced)
+    config = _forced.get() or best(kernel, case, rows, configs, function, device)
+    return function(config or default)
+
+
+def best(
+    kernel: str,
+    case: tuple[Any, ...],
+    rows: int,
+    configs: Sequence[Config],
+    function: Callable[[Config], Any],
+    device: torch.device,
+) -> Config | None:
+    """The best known one of `configs`, measured with `function` where that is asked for; None if nothing is known.
+
+    Arguments as for `run`.
+    """
     if device.type != "cuda":  # the interpreter
-        return function(default)
+        return None
     bucket = max(rows - 1, 0).bit_length()
     place = (device.index, kernel, case, bucket)
     if place not in _looked_up:
@@ -67,7 +80,7 @@ def run(
     if config is None and _may_measure():
         config = _measure(configs, function)
         _remember(_gpu(device.index), f"{_key(kernel, case)}|2^{bucket}", config)
-    return function(config or default)
+    return config
 
 
 @lru_cache

@@ -82,6 +82,13 @@ def _window(kernel: tuple[int, int], stride, padding, dilation) -> Window:
     return Window(kernel, stride, pair(padding, "padding"), dilation)
 
 
+def trial(run, features, weight, geometry: Geometry, groups: int) -> None:
+    """All that a training step asks of a backend, for `backend.select` to measure."""
+    out = run.forward(features, weight, None, geometry, groups)
+    run.grad_input(out, weight, geometry, groups)
+    run.grad_weight(out, features, geometry, groups, weight)
+
+
 class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, geometry: Geometry, groups: int, run):
