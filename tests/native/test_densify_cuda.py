@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spark_fast.ops import native_cuda
 from spark_fast.ops.densify import cuda
 from spark_fast.patches import ActivePatches
 
@@ -36,8 +37,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.fixture
 def on_shim(shim, monkeypatch: pytest.MonkeyPatch):
     """The launcher takes CPU tensors and queues them on GPU 1, stream 77, of the shim."""
-    monkeypatch.setattr(cuda, "_module", lambda: shim.module)
-    monkeypatch.setattr(cuda, "_queue", lambda *_: (1, 77))
+    monkeypatch.setattr(native_cuda, "module", lambda: shim.module)
+    monkeypatch.setattr(native_cuda, "queue", lambda *_, **__: (1, 77))
     return shim
 
 
@@ -218,7 +219,7 @@ def test_arguments_are_refused_before_native_code(on_shim) -> None:
 
 def test_tensors_on_the_cpu_are_refused() -> None:
     patches = ActivePatches(MASKS["equal"]())
-    with pytest.raises(ValueError, match="needs images and patches on one GPU; images are on cpu"):
+    with pytest.raises(ValueError, match=r"gather_patches: the CUDA backend needs .* one GPU; images is on cpu"):
         cuda.gather(torch.zeros(2, 4, 4, 6), patches)
-    with pytest.raises(ValueError, match="needs features and patches on one GPU"):
+    with pytest.raises(ValueError, match=r"scatter_patches: .* one GPU; features is on cpu"):
         cuda.scatter(torch.zeros(patches.rows(2), 4), patches, 2, None)
