@@ -33,6 +33,42 @@ void scatter(int device, uintptr_t stream, int64_t element_size, uintptr_t rows,
                          pointer<const int32_t>(grid_to_patch), batch, gh, gw, side, channels, pointer<void>(dense));
 }
 
+using MapArgs = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using WindowArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+spark::PatchMap map_of(const MapArgs& args) {
+  const auto [coords, patches, grid_to_patch, batch, gh, gw, height, width] = args;
+  return {pointer<const int32_t>(coords), patches, pointer<const int32_t>(grid_to_patch), batch, gh, gw, height, width};
+}
+
+spark::Window window_of(const WindowArgs& args) {
+  const auto [ky, kx, sy, sx, py, px, dy, dx] = args;
+  return {ky, kx, sy, sx, py, px, dy, dx};
+}
+
+spark::FloatType type_of(int type) { return static_cast<spark::FloatType>(type); }
+
+void gather_depthwise(int device, uintptr_t stream, int type, const MapArgs& source_map, const MapArgs& query_map,
+                      const WindowArgs& window, bool transposed, int64_t channels, uintptr_t source, uintptr_t weight,
+                      uintptr_t bias, uintptr_t query) {
+  spark::depthwise_gather({device, stream}, type_of(type), map_of(source_map), map_of(query_map), window_of(window),
+                          transposed, channels, pointer<const void>(source), pointer<const void>(weight),
+                          pointer<const void>(bias), pointer<void>(query));
+}
+
+int64_t parts_depthwise(int type, const MapArgs& source_map, const MapArgs& query_map, const WindowArgs& window,
+                        int64_t channels) {
+  return spark::depthwise_parts(type_of(type), map_of(source_map), map_of(query_map), window_of(window), channels);
+}
+
+void grad_weight_depthwise(int device, uintptr_t stream, int type, const MapArgs& source_map, const MapArgs& query_map,
+                           const WindowArgs& window, int64_t channels, uintptr_t source, uintptr_t query,
+                           uintptr_t sums, int64_t parts, uintptr_t weight) {
+  spark::depthwise_grad_weight({device, stream}, type_of(type), map_of(source_map), map_of(query_map),
+                               window_of(window), channels, pointer<const void>(source), pointer<const void>(query),
+                               pointer<float>(sums), parts, pointer<void>(weight));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -44,4 +80,13 @@ PYBIND11_MODULE(_native_cuda, m) {
         arg("coords"), arg("patches"), arg("side"), arg("channels"), arg("rows"), unlocked);
   m.def("scatter_patches", &scatter, arg("device"), arg("stream"), arg("element_size"), arg("rows"), arg("fill"),
         arg("grid_to_patch"), arg("batch"), arg("gh"), arg("gw"), arg("side"), arg("channels"), arg("dense"), unlocked);
+
+  m.def("depthwise_gather", &gather_depthwise, arg("device"), arg("stream"), arg("type"), arg("source_map"),
+        arg("query_map"), arg("window"), arg("transposed"), arg("channels"), arg("source"), arg("weight"), arg("bias"),
+        arg("query"), unlocked);
+  m.def("depthwise_parts", &parts_depthwise, arg("type"), arg("source_map"), arg("query_map"), arg("window"),
+        arg("channels"));
+  m.def("depthwise_grad_weight", &grad_weight_depthwise, arg("device"), arg("stream"), arg("type"), arg("source_map"),
+        arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("query"), arg("sums"), arg("parts"),
+        arg("weight"), unlocked);
 }

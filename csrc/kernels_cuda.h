@@ -28,4 +28,38 @@ void scatter_patches(Queue queue, int64_t element_size, const void* rows, const 
                      const int32_t* grid_to_patch, int64_t batch, int64_t gh, int64_t gw, int64_t side,
                      int64_t channels, void* dense);
 
+enum class FloatType { kFloat32, kFloat16, kBFloat16 };
+
+// The rows of a batch of maps [batch, gh * height, gw * width]: active patches of height x width pixels, patch by
+// patch, row-major inside a patch.
+struct PatchMap {
+  const int32_t* coords;  // [patches, 3]: image, grid row, grid column
+  int64_t patches;
+  const int32_t* grid_to_patch;  // [batch, gh, gw]: the patch's number, negative where masked
+  int64_t batch, gh, gw, height, width;
+};
+
+struct Window {
+  int64_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+
+  int64_t taps() const { return kernel_y * kernel_x; }
+};
+
+// Depthwise convolution. Values are of `type`, sums float32; weight [channels, taps].
+
+// query [rows, channels] <- bias (or 0) + for each tap, source row * weight. Transposed: the input's gradient, where
+// the query is the input and the source the output's gradient.
+void depthwise_gather(Queue queue, FloatType type, const PatchMap& source_map, const PatchMap& query_map,
+                      const Window& window, bool transposed, int64_t channels, const void* source, const void* weight,
+                      const void* bias, void* query);
+
+// The number of parts that depthwise_grad_weight sums by itself.
+int64_t depthwise_parts(FloatType type, const PatchMap& source_map, const PatchMap& query_map, const Window& window,
+                        int64_t channels);
+
+// weight [channels, taps] <- sum over query rows of source row * query row. sums [parts, taps, channels] is scratch.
+void depthwise_grad_weight(Queue queue, FloatType type, const PatchMap& source_map, const PatchMap& query_map,
+                           const Window& window, int64_t channels, const void* source, const void* query, float* sums,
+                           int64_t parts, void* weight);
+
 }  // namespace spark

@@ -8,13 +8,15 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ORDERS = (0, 1, 2, 12345)  # of threads between barriers: forward, backward, two shuffles
@@ -45,6 +47,15 @@ class Shim:
     module: ModuleType | ctypes.CDLL
     state: State
 
+    def same_in_every_order(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        """Fails unless `run` gives the same bits whatever the order of blocks, and of threads between barriers."""
+        first = None
+        for order in ORDERS:
+            with self.order(order):
+                out = [t.contiguous().view(torch.uint8) for t in run()]
+            first = first or out
+            assert all(map(torch.equal, out, first)), f"order {order} of threads gives other bits: is a barrier missing?"
+
     @contextmanager
     def order(self, order: int) -> Iterator[None]:
         """Blocks, and threads between barriers, run forward (0), backward (1) or shuffled by a seed."""
@@ -56,7 +67,7 @@ class Shim:
 
 
 def build(library: Path, *sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The loaded library; skips the test where there is no C++ compiler."""
+    """The loaded library, its sources compiled side by side; skips the test where there is no C++ compiler."""
     import pybind11
 
     named = shlex.split(os.environ.get("CXX", ""))
@@ -64,14 +75,22 @@ def build(library: Path, *sources: Path, flags: tuple[str, ...] = ()) -> ctypes.
     if not compiler:
         pytest.skip("no C++ compiler found, so the CUDA sources cannot be run on the CPU")
     includes = [CSRC / "cuda_shim", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [
-        *compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
-        *flags, *(f"-I{path}" for path in includes), "-x", "c++", *map(str, sources), "-o", str(library),
+    compiling = [
+        *compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
+        "-fvisibility=hidden", *(f"-I{path}" for path in includes), *flags,
     ]  # fmt: skip
+    linking = [*compiler, "-shared", *flags]
     if os.uname().sysname == "Darwin":
-        command += ["-undefined", "dynamic_lookup", "-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE"]
-        command += ["-Wno-deprecated-declarations"]
-    subprocess.run(command, check=True)
+        compiling += ["-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE", "-Wno-deprecated-declarations"]
+        linking += ["-undefined", "dynamic_lookup"]
+    objects = [library.with_name(f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [
+            pool.submit(subprocess.run, [*compiling, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+            for source, target in zip(sources, objects, strict=True)
+        ]:
+            done.result()
+    subprocess.run([*linking, *map(str, objects), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -79,3 +98,14 @@ def state_of(library: ctypes.CDLL) -> State:
     state = library.spark_shim_state
     state.restype = ctypes.POINTER(State)
     return state().contents
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, margin: int = 64) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """A tensor of NaN between margins, and whether the margins are still untouched."""
+    count = torch.Size(shape).numel()
+    memory = torch.full((margin + count + margin,), torch.nan).to(dtype)
+    edges = memory[:margin], memory[margin + count :]
+    before = [edge.view(torch.uint8).clone() for edge in edges]
+    return memory[margin : margin + count].view(shape), lambda: all(
+        torch.equal(edge.view(torch.uint8), was) for edge, was in zip(edges, before, strict=True)
+    )

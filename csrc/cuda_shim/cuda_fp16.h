@@ -1,6 +1,8 @@
 // float16 for csrc/cuda_shim: storage, and conversions that round to nearest, ties to even.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,3 +41,4 @@ inline __half __float2half_rn(float value) {
 
 inline __half __float2half(float value) { return __float2half_rn(value); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }

@@ -6,7 +6,11 @@ import importlib.util
 import sysconfig
 
 import pytest
+import torch
 from cuda_shim import CSRC, Shim, build, state_of
+
+from spark_fast.ops import native_cuda
+from spark_fast.patches import ActivePatches
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,42 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return Shim(module, state_of(library))
+
+
+@pytest.fixture
+def on_shim(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """The launchers take CPU tensors and queue them on GPU 1, stream 77, of the shim."""
+    monkeypatch.setattr(native_cuda, "module", lambda: shim.module)
+    monkeypatch.setattr(native_cuda, "queue", lambda *_, **__: (1, 77))
+    return shim
+
+
+@pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors of a test live."""
+    if request.param == "shim":
+        request.getfixturevalue("on_shim")
+        return "cpu"
+    if native_cuda.unavailable():
+        pytest.skip(native_cuda.unavailable())
+    return "cuda"
+
+
+MASKS = {
+    "equal": [[[1, 0, 0], [0, 1, 1]], [[0, 1, 1], [1, 0, 0]]],
+    "unequal": [[[0, 0, 0], [0, 0, 0]], [[1, 0, 1], [1, 1, 1]]],
+    "all": [[[1, 1], [1, 1]]],
+    "one": [[[0, 0, 0], [0, 1, 0], [0, 0, 0]]],
+    "none": [[[0, 0, 0], [0, 0, 0]]],
+}
+
+
+@pytest.fixture(params=MASKS)
+def patches(request: pytest.FixtureRequest, device: str) -> ActivePatches:
+    """Sparse batches of odd shapes, on the device."""
+    return ActivePatches(torch.tensor(MASKS[request.param], dtype=torch.bool).to(device))
+
+
+@pytest.fixture
+def some_patches(on_shim: Shim) -> ActivePatches:
+    return ActivePatches(torch.tensor(MASKS["equal"], dtype=torch.bool))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from spark_fast.ops import native_cuda
 from spark_fast.ops.densify import cuda
 from spark_fast.patches import ActivePatches
 
@@ -32,25 +31,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one channel repeated": lambda t: t[:, :1].expand(t.shape),
     "one image repeated": lambda t: t[:1].expand(t.shape),
 }
-
-
-@pytest.fixture
-def on_shim(shim, monkeypatch: pytest.MonkeyPatch):
-    """The launcher takes CPU tensors and queues them on GPU 1, stream 77, of the shim."""
-    monkeypatch.setattr(native_cuda, "module", lambda: shim.module)
-    monkeypatch.setattr(native_cuda, "queue", lambda *_, **__: (1, 77))
-    return shim
-
-
-@pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors of a test live."""
-    if request.param == "shim":
-        request.getfixturevalue("on_shim")
-        return "cpu"
-    if cuda.unavailable():
-        pytest.skip(cuda.unavailable())
-    return "cuda"
 
 
 def random_bits(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
