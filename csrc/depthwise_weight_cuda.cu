@@ -6,7 +6,7 @@ namespace spark {
 namespace {
 
 constexpr int kRowThreads = 256, kRowsPerPart = 256, kRowParts = 128;
-constexpr int kPartsTogether = 32;
+constexpr int kPartsTogether = 16;
 
 struct Pads {
   int y, x;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows(const T* source, const T
   store_two(sums + (blockIdx.x * count + tap) * layout.channels + c, sum, valid, false);
 }
 
-// weight[c, tap] <- the sum of all parts, for 32 channels of one tap. Threads of one y add every 32nd part.
+// weight[c, tap] <- the sum of all parts, for 32 channels of one tap. Threads of one y add every 16th part.
 template <typename T>
 __global__ void __launch_bounds__(32 * kPartsTogether)
     add_parts(const float* sums, int64_t parts, int64_t channels, T* weight) {

@@ -21,6 +21,14 @@ import torch
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ORDERS = (0, 1, 2, 12345)  # of threads between barriers: forward, backward, two shuffles
 
+MASKS = {  # of batches of odd shapes
+    "equal": [[[1, 0, 0], [0, 1, 1]], [[0, 1, 1], [1, 0, 0]]],
+    "unequal": [[[0, 0, 0], [0, 0, 0]], [[1, 0, 1], [1, 1, 1]]],
+    "all": [[[1, 1], [1, 1]]],
+    "one": [[[0, 0, 0], [0, 1, 0], [0, 0, 0]]],
+    "none": [[[0, 0, 0], [0, 0, 0]]],
+}
+
 
 class State(ctypes.Structure):
     """spark_shim::State of csrc/cuda_shim/cuda_runtime.h."""
@@ -54,7 +62,7 @@ class Shim:
             with self.order(order):
                 out = [t.contiguous().view(torch.uint8) for t in run()]
             first = first or out
-            assert all(map(torch.equal, out, first)), f"order {order} of threads gives other bits: is a barrier missing?"
+            assert all(map(torch.equal, out, first)), f"other bits in order {order} of threads; is a barrier missing?"
 
     @contextmanager
     def order(self, order: int) -> Iterator[None]:

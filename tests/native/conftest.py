@@ -7,7 +7,7 @@ import sysconfig
 
 import pytest
 import torch
-from cuda_shim import CSRC, Shim, build, state_of
+from cuda_shim import CSRC, MASKS, Shim, build, state_of
 
 from spark_fast.ops import native_cuda
 from spark_fast.patches import ActivePatches
@@ -42,15 +42,6 @@ def device(request: pytest.FixtureRequest) -> str:
     if native_cuda.unavailable():
         pytest.skip(native_cuda.unavailable())
     return "cuda"
-
-
-MASKS = {
-    "equal": [[[1, 0, 0], [0, 1, 1]], [[0, 1, 1], [1, 0, 0]]],
-    "unequal": [[[0, 0, 0], [0, 0, 0]], [[1, 0, 1], [1, 1, 1]]],
-    "all": [[[1, 1], [1, 1]]],
-    "one": [[[0, 0, 0], [0, 1, 0], [0, 0, 0]]],
-    "none": [[[0, 0, 0], [0, 0, 0]]],
-}
 
 
 @pytest.fixture(params=MASKS)
