@@ -69,6 +69,20 @@ void grad_weight_depthwise(int device, uintptr_t stream, int type, const MapArgs
                                pointer<float>(sums), parts, pointer<void>(weight));
 }
 
+void forward_max_pool(int device, uintptr_t stream, int type, const MapArgs& source_map, const MapArgs& query_map,
+                      const WindowArgs& window, int64_t channels, uintptr_t source, uintptr_t query, uintptr_t argmax) {
+  spark::max_pool_forward({device, stream}, type_of(type), map_of(source_map), map_of(query_map), window_of(window),
+                          channels, pointer<const void>(source), pointer<void>(query), pointer<int16_t>(argmax));
+}
+
+void grad_input_max_pool(int device, uintptr_t stream, int type, const MapArgs& source_map, const MapArgs& query_map,
+                         const WindowArgs& window, int64_t channels, uintptr_t source, uintptr_t argmax,
+                         uintptr_t query) {
+  spark::max_pool_grad_input({device, stream}, type_of(type), map_of(source_map), map_of(query_map), window_of(window),
+                             channels, pointer<const void>(source), pointer<const int16_t>(argmax),
+                             pointer<void>(query));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -89,4 +103,8 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("depthwise_grad_weight", &grad_weight_depthwise, arg("device"), arg("stream"), arg("type"), arg("source_map"),
         arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("query"), arg("sums"), arg("parts"),
         arg("weight"), unlocked);
+  m.def("max_pool_forward", &forward_max_pool, arg("device"), arg("stream"), arg("type"), arg("source_map"),
+        arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("query"), arg("argmax"), unlocked);
+  m.def("max_pool_grad_input", &grad_input_max_pool, arg("device"), arg("stream"), arg("type"), arg("source_map"),
+        arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("argmax"), arg("query"), unlocked);
 }

@@ -147,7 +147,7 @@ void launch_rows(Queue queue, const PatchMap& source_map, const PatchMap& query_
                  bool transposed, const Layout& layout, const T* source, const T* weight, const T* bias, T* query) {
   const int64_t bytes = window.taps() * kWeightPitch * static_cast<int64_t>(sizeof(float));
   const bool fit = bytes <= kWeightBytes;
-  const int rows = static_cast<int>(query_map.patches * query_map.height * query_map.width);
+  const int rows = static_cast<int>(query_map.rows());
   const int64_t blocks = TileAxis::up(rows, kThreads / 32);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, SPARK_MAX_BLOCKS)),
                   static_cast<unsigned>(layout.slices()));

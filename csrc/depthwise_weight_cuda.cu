@@ -119,8 +119,6 @@ void launch_tiles(Queue queue, const PatchMap& source_map, const PatchMap& query
                tiling, layout, pads);
 }
 
-int64_t rows_of(const PatchMap& map) { return map.patches * map.height * map.width; }
-
 }  // namespace
 
 int64_t depthwise_parts(FloatType type, const PatchMap& source_map, const PatchMap& query_map, const Window& window,
@@ -136,8 +134,7 @@ int64_t depthwise_parts(FloatType type, const PatchMap& source_map, const PatchM
       parts =
           tile_blocks(tiling_of<T>(query_map, decltype(kernel_size)::value, decltype(step)::value), layout.slices());
     });
-    if (!tiles)
-      parts = std::min<int64_t>({TileAxis::up(rows_of(query_map), kRowsPerPart), kRowParts, SPARK_MAX_BLOCKS});
+    if (!tiles) parts = std::min<int64_t>({TileAxis::up(query_map.rows(), kRowsPerPart), kRowParts, SPARK_MAX_BLOCKS});
   });
   return parts;
 }
@@ -167,7 +164,7 @@ void depthwise_grad_weight(Queue queue, FloatType type, const PatchMap& source_m
       const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(window.taps()),
                       static_cast<unsigned>(layout.slices()));
       SPARK_LAUNCH(sum_rows<T>, grid, dim3(kRowThreads), 0, stream_of(queue), from, gradient, sums, Rows(source_map),
-                   Rows(query_map), static_cast<int>(rows_of(query_map)), layout, Taps2d(window, false));
+                   Rows(query_map), static_cast<int>(query_map.rows()), layout, Taps2d(window, false));
     }
     check(cudaGetLastError(), kernel);
     const dim3 grid(static_cast<unsigned>(TileAxis::up(channels, 32)), static_cast<unsigned>(window.taps()));

@@ -37,6 +37,8 @@ struct PatchMap {
   int64_t patches;
   const int32_t* grid_to_patch;  // [batch, gh, gw]: the patch's number, negative where masked
   int64_t batch, gh, gw, height, width;
+
+  int64_t rows() const { return patches * height * width; }
 };
 
 struct Window {
@@ -61,5 +63,16 @@ int64_t depthwise_parts(FloatType type, const PatchMap& source_map, const PatchM
 void depthwise_grad_weight(Queue queue, FloatType type, const PatchMap& source_map, const PatchMap& query_map,
                            const Window& window, int64_t channels, const void* source, const void* query, float* sums,
                            int64_t parts, void* weight);
+
+// Max pooling.
+
+// query [rows, channels] <- the highest value of each window, and argmax <- its tap, -1 for a window wholly outside.
+void max_pool_forward(Queue queue, FloatType type, const PatchMap& source_map, const PatchMap& query_map,
+                      const Window& window, int64_t channels, const void* source, void* query, int16_t* argmax);
+
+// query: the input's rows <- the sum of those source rows, the output's gradient, whose maximum each of them was.
+void max_pool_grad_input(Queue queue, FloatType type, const PatchMap& source_map, const PatchMap& query_map,
+                         const Window& window, int64_t channels, const void* source, const int16_t* argmax,
+                         void* query);
 
 }  // namespace spark
