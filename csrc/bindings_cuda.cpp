@@ -18,11 +18,16 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void gather(int device, uintptr_t stream, int64_t element_size, uintptr_t image,
-            std::tuple<int64_t, int64_t, int64_t, int64_t> strides, uintptr_t coords, int64_t patches, int64_t side,
-            int64_t channels, uintptr_t rows) {
-  const auto [b, c, y, x] = strides;
-  spark::gather_patches({device, stream}, element_size, pointer<const void>(image), {b, c, y, x},
+using StrideArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+spark::Strides strides_of(const StrideArgs& args) {
+  const auto [b, c, y, x] = args;
+  return {b, c, y, x};
+}
+
+void gather(int device, uintptr_t stream, int64_t element_size, uintptr_t image, const StrideArgs& strides,
+            uintptr_t coords, int64_t patches, int64_t side, int64_t channels, uintptr_t rows) {
+  spark::gather_patches({device, stream}, element_size, pointer<const void>(image), strides_of(strides),
                         pointer<const int32_t>(coords), patches, side, channels, pointer<void>(rows));
 }
 
@@ -83,6 +88,26 @@ void grad_input_max_pool(int device, uintptr_t stream, int type, const MapArgs& 
                              pointer<void>(query));
 }
 
+void forward_patch_loss(int device, uintptr_t stream, int images_type, int prediction_type, const MapArgs& masked,
+                        int64_t channels, const StrideArgs& image_strides, const StrideArgs& prediction_strides,
+                        uintptr_t images, uintptr_t prediction, double eps, uintptr_t error, uintptr_t mean,
+                        uintptr_t inverse, uintptr_t loss) {
+  spark::patch_loss_forward({device, stream}, type_of(images_type), type_of(prediction_type), map_of(masked), channels,
+                            strides_of(image_strides), strides_of(prediction_strides), pointer<const void>(images),
+                            pointer<const void>(prediction), eps, pointer<float>(error), pointer<float>(mean),
+                            pointer<float>(inverse), pointer<float>(loss));
+}
+
+void grad_patch_loss(int device, uintptr_t stream, int images_type, int prediction_type, const MapArgs& masked,
+                     int64_t channels, const StrideArgs& image_strides, const StrideArgs& prediction_strides,
+                     uintptr_t images, uintptr_t prediction, uintptr_t mean, uintptr_t inverse, uintptr_t upstream,
+                     bool channels_last, uintptr_t gradient) {
+  spark::patch_loss_grad({device, stream}, type_of(images_type), type_of(prediction_type), map_of(masked), channels,
+                         strides_of(image_strides), strides_of(prediction_strides), pointer<const void>(images),
+                         pointer<const void>(prediction), pointer<const float>(mean), pointer<const float>(inverse),
+                         pointer<const float>(upstream), channels_last, pointer<void>(gradient));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -107,4 +132,11 @@ PYBIND11_MODULE(_native_cuda, m) {
         arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("query"), arg("argmax"), unlocked);
   m.def("max_pool_grad_input", &grad_input_max_pool, arg("device"), arg("stream"), arg("type"), arg("source_map"),
         arg("query_map"), arg("window"), arg("channels"), arg("source"), arg("argmax"), arg("query"), unlocked);
+  m.def("patch_loss_forward", &forward_patch_loss, arg("device"), arg("stream"), arg("images_type"),
+        arg("prediction_type"), arg("masked"), arg("channels"), arg("image_strides"), arg("prediction_strides"),
+        arg("images"), arg("prediction"), arg("eps"), arg("error"), arg("mean"), arg("inverse"), arg("loss"), unlocked);
+  m.def("patch_loss_grad", &grad_patch_loss, arg("device"), arg("stream"), arg("images_type"), arg("prediction_type"),
+        arg("masked"), arg("channels"), arg("image_strides"), arg("prediction_strides"), arg("images"),
+        arg("prediction"), arg("mean"), arg("inverse"), arg("upstream"), arg("channels_last"), arg("gradient"),
+        unlocked);
 }

@@ -75,4 +75,19 @@ void max_pool_grad_input(Queue queue, FloatType type, const PatchMap& source_map
                          const Window& window, int64_t channels, const void* source, const int16_t* argmax,
                          void* query);
 
+// Patch loss. `masked`: the patches that it covers, `channels` values a pixel; images and prediction of any strides.
+
+// loss <- the mean over patches of error [patches], the mean squared difference of the prediction and the normalised
+// pixels (x - mean) * inverse, where inverse is 1 / sqrt(unbiased variance + eps). At least one patch.
+void patch_loss_forward(Queue queue, FloatType images_type, FloatType prediction_type, const PatchMap& masked,
+                        int64_t channels, Strides image_strides, Strides prediction_strides, const void* images,
+                        const void* prediction, double eps, float* error, float* mean, float* inverse, float* loss);
+
+// gradient <- upstream * the loss's gradient of the prediction, 0 at visible patches. The gradient is dense: [batch, y,
+// x, channel] (channels_last) or [batch, channel, y, x]. upstream: one value on the device.
+void patch_loss_grad(Queue queue, FloatType images_type, FloatType prediction_type, const PatchMap& masked,
+                     int64_t channels, Strides image_strides, Strides prediction_strides, const void* images,
+                     const void* prediction, const float* mean, const float* inverse, const float* upstream,
+                     bool channels_last, void* gradient);
+
 }  // namespace spark

@@ -14,7 +14,7 @@ struct alignas(V * sizeof(T)) Values {
 // Threads of one y share a row of the query; each has V neighbouring channels. NaN wins; of equal values the first tap.
 template <typename T, int V>
 __global__ void __launch_bounds__(256, 4) take_highest(const T* source, T* query, int16_t* argmax, Rows source_rows,
-                                                    Rows query_rows, int rows, Taps2d taps, int64_t channels) {
+                                                       Rows query_rows, int rows, Taps2d taps, int64_t channels) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += step) {
     const Place place = place_of(query_rows, static_cast<int>(row));
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(256, 4) take_highest(const T* source, T* query
 // The same with the roles turned round: the query is the pooled map, the source its maxima's gradients.
 template <typename T, int V>
 __global__ void __launch_bounds__(256, 4) sum_taken(const T* source, const int16_t* argmax, T* query, Rows source_rows,
-                                                 Rows query_rows, int rows, Taps2d taps, int64_t channels) {
+                                                    Rows query_rows, int rows, Taps2d taps, int64_t channels) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += step) {
     const Place place = place_of(query_rows, static_cast<int>(row));

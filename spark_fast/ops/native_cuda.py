@@ -86,11 +86,12 @@ def geometry_args(geometry: Geometry, transposed: bool = False) -> tuple[tuple, 
     """The geometry as addresses and sizes: source and query (see PatchMap of csrc/kernels_cuda.h), and the window.
     Forward the query rows are the output's; transposed they are the input's. The caller keeps the geometry alive."""
     window = geometry.window
-    maps = _map_args(geometry.source, geometry.patch_in), _map_args(geometry.query, geometry.patch_out)
+    maps = map_args(geometry.source, geometry.patch_in), map_args(geometry.query, geometry.patch_out)
     return (*maps[:: -1 if transposed else 1], (*window.kernel, *window.stride, *window.padding, *window.dilation))
 
 
-def _map_args(patches: ActivePatches, size: tuple[int, int]) -> tuple[int, ...]:
+def map_args(patches: ActivePatches, size: tuple[int, int]) -> tuple[int, ...]:
+    """The rows of `patches` of `size` (height, width) pixels; see PatchMap of csrc/kernels_cuda.h."""
     return address(patches.coords), patches.count, address(patches.grid_to_patch), patches.batch, *patches.grid, *size
 
 
