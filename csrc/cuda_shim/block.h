@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <new>
@@ -125,14 +126,22 @@ class Block {
     threads_.assign(blockDim.x * blockDim.y * blockDim.z, Thread{});
     starts_ = ordered(static_cast<uint32_t>(threads_.size()), order_);
     started_ = 0;
-    while (started_ < starts_.size()) resume(idle());
+    ready_.clear();
     std::string problem;
-    while (problem.empty() && !all_done()) {
-      if (order_ > 1) ++order_;  // another shuffle for the next stretch
-      for (uint32_t place : release(problem)) {
-        current_ = place;
+    while (problem.empty()) {
+      if (!ready_.empty()) {
+        current_ = ready_.front();
+        ready_.pop_front();
         resume(thread().fiber);
+      } else if (started_ < starts_.size()) {
+        resume(idle());
+      } else if (all_done()) {
+        break;
+      } else {
+        problem = release_barrier();
+        continue;
       }
+      if (thread().where == kAtExchange) release_warp(current_ / kWarp * kWarp, thread().mask);
     }
     if (!problem.empty()) abandon();
     if (problem.empty() && !shared.intact()) problem = "shared memory was written outside its arrays";
@@ -162,7 +171,7 @@ class Block {
   int64_t barriers = 0;  // arrivals of threads
 
  private:
-  enum Where { kNew, kRunning, kAtBarrier, kAtExchange, kDone };
+  enum Where { kNew, kReady, kRunning, kAtBarrier, kAtExchange, kDone };
 
   struct Fiber {
     Stack stack;
@@ -186,74 +195,64 @@ class Block {
     return true;
   }
 
-  // The threads that may go on, in order; none, and a problem, if all that are left wait for ever.
-  std::vector<uint32_t> release(std::string& problem) {
-    std::vector<bool> free(threads_.size());
-    bool any = false;
-    for (size_t first = 0; first < threads_.size(); first += kWarp) any |= release_warp(first, free, problem);
-    if (!any && problem.empty()) release_all(free, problem);
-    std::vector<uint32_t> places;
-    if (!problem.empty()) return places;
-    for (uint32_t place : ordered(static_cast<uint32_t>(threads_.size()), order_))
-      if (free[place]) places.push_back(place);
-    return places;
-  }
-
-  bool release_warp(size_t first, std::vector<bool>& free, std::string& problem) {
-    bool any = false;
-    for (size_t lane = 0; lane < kWarp && first + lane < threads_.size(); ++lane) {
-      const Thread& self = threads_[first + lane];
-      if (self.where != kAtExchange || free[first + lane]) continue;
-      if (!(self.mask >> lane & 1)) {
-        problem = "a warp operation was called by a thread outside its mask";
-        return false;
-      }
-      bool complete = true;
-      for (size_t other = 0; other < kWarp; ++other) {
-        if (!(self.mask >> other & 1)) continue;
-        const bool exists = first + other < threads_.size();
-        if (!exists || threads_[first + other].where == kDone) {
-          problem = "a warp operation's mask names a thread that " + std::string(exists ? "has ended" : "is not there");
-          return false;
-        }
-        const Thread& peer = threads_[first + other];
-        complete &= peer.where == kAtExchange && peer.mask == self.mask && peer.given.size() == self.given.size();
-      }
-      if (!complete) continue;
-      const size_t bytes = self.given.size();
-      const auto all = std::make_shared<std::vector<uint8_t>>(kWarp * bytes, kPoison);
-      for (size_t other = 0; other < kWarp; ++other) {
-        if (!(self.mask >> other & 1)) continue;
-        Thread& peer = threads_[first + other];
-        std::copy(peer.given.begin(), peer.given.end(), all->begin() + other * bytes);
-        peer.seen = all;
-        free[first + other] = any = true;
-      }
+  // Lets the lanes of `mask` go on if all of them wait in the same exchange. They go first, so that a warp runs ahead
+  // of the others as far as it can, or, in every other shuffle, last.
+  void release_warp(size_t first, unsigned mask) {
+    for (size_t lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      if (first + lane >= threads_.size()) return;
+      const Thread& peer = threads_[first + lane];
+      if (peer.where != kAtExchange || peer.mask != mask || peer.given.size() != thread().given.size()) return;
     }
-    return any;
+    const size_t bytes = thread().given.size();
+    const auto all = std::make_shared<std::vector<uint8_t>>(kWarp * bytes, kPoison);
+    std::vector<uint32_t> lanes;
+    for (uint32_t lane : ordered(kWarp, order_)) {
+      if (!(mask >> lane & 1)) continue;
+      Thread& peer = threads_[first + lane];
+      std::copy(peer.given.begin(), peer.given.end(), all->begin() + lane * bytes);
+      peer.seen = all;
+      peer.where = kReady;
+      lanes.push_back(static_cast<uint32_t>(first) + lane);
+    }
+    ready_.insert(order_ > 1 && order_ % 2 ? ready_.end() : ready_.begin(), lanes.begin(), lanes.end());
   }
 
-  void release_all(std::vector<bool>& free, std::string& problem) {
+  // Nothing else can go on: lets all threads pass the barrier if all are there. Returns what is wrong, or nothing.
+  std::string release_barrier() {
     size_t waiting = 0;
     int line = 0;
     for (size_t i = 0; i < threads_.size(); ++i) {
+      if (threads_[i].where == kAtExchange) return stuck_exchange(i);
       if (threads_[i].where != kAtBarrier) continue;
-      if (waiting && threads_[i].line != line) {
-        problem = "threads of a block wait at different barriers, in lines " + std::to_string(line) + " and " +
-                  std::to_string(threads_[i].line);
-        return;
-      }
+      if (waiting && threads_[i].line != line)
+        return "threads of a block wait at different barriers, in lines " + std::to_string(line) + " and " +
+               std::to_string(threads_[i].line);
       line = threads_[i].line;
-      free[i] = true;
       ++waiting;
     }
-    if (waiting == threads_.size()) return;
-    if (!waiting) {
-      problem = "lanes of a warp wait for one another in different operations";
-      return;
+    if (waiting != threads_.size())
+      return "only " + std::to_string(waiting) + " of " + std::to_string(threads_.size()) +
+             " threads reached the barrier in line " + std::to_string(line);
+    if (order_ > 1) ++order_;  // another shuffle for the next stretch
+    for (uint32_t place : ordered(static_cast<uint32_t>(threads_.size()), order_)) {
+      threads_[place].where = kReady;
+      ready_.push_back(place);
     }
-    problem = "only " + std::to_string(waiting) + " of " + std::to_string(threads_.size()) +
-              " threads reached the barrier in line " + std::to_string(line);
+    return {};
+  }
+
+  std::string stuck_exchange(size_t place) const {
+    const Thread& self = threads_[place];
+    const size_t first = place / kWarp * kWarp;
+    if (!(self.mask >> (place - first) & 1)) return "a warp operation was called by a thread outside its mask";
+    for (size_t lane = 0; lane < kWarp; ++lane) {
+      if (!(self.mask >> lane & 1)) continue;
+      const bool exists = first + lane < threads_.size();
+      if (!exists || threads_[first + lane].where == kDone)
+        return "a warp operation's mask names a thread that " + std::string(exists ? "has ended" : "is not there");
+    }
+    return "lanes of a warp wait for one another in different operations";
   }
 
   // On a fiber: runs threads that have not started; one that waits leaves the rest to another fiber.
@@ -328,6 +327,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<uint32_t> starts_;
   size_t started_ = 0;
+  std::deque<uint32_t> ready_;  // to go on, in this order
   uint32_t current_ = 0;
   Fiber* running_ = nullptr;
   std::vector<Fiber*> idle_;

@@ -67,8 +67,7 @@ def geometry_of(name: str = "3x3 stride 2") -> Geometry:
 
 def test_the_order_of_threads_does_not_matter(on_shim) -> None:
     geometry = geometry_of()
-    features = rows(geometry, 8, torch.float32)
-    grad = torch.randn(geometry.rows_out, 8)
+    features, grad = torch.randn(geometry.rows_in, 8), torch.randn(geometry.rows_out, 8)
 
     def run() -> tuple[torch.Tensor, ...]:
         out, argmax = cuda.max_forward(features, geometry)

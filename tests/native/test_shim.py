@@ -37,6 +37,23 @@ __global__ void rounds(const float* from, float* to) {
   to[threadIdx.x] = sum;
 }
 
+// Warp 0 writes after a warp operation what the others read in the round before.
+template <bool kBarrier>
+__global__ void runs_ahead(const float* from, float* to) {
+  SPARK_SHARED(float, shared, [1]);
+  float sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x < 32) {
+      const float highest = __shfl_sync(0xFFFFFFFFu, from[threadIdx.x + 32 * round], 0);
+      if (threadIdx.x == 0) shared[0] = highest;
+    }
+    __syncthreads();
+    sum += shared[0];
+    if (kBarrier) __syncthreads();
+  }
+  to[threadIdx.x] = sum;
+}
+
 __global__ void warp_sums(const float* from, float* to) {
   const int i = threadIdx.y * 32 + threadIdx.x;
   float sum = from[i];
@@ -83,6 +100,8 @@ RUN(reverse_right, reverse<true>, dim3(64), 0)
 RUN(reverse_wrong, reverse<false>, dim3(64), 0)
 RUN(rounds_right, rounds<true>, dim3(64), 256)
 RUN(rounds_wrong, rounds<false>, dim3(64), 256)
+RUN(runs_ahead_right, runs_ahead<true>, dim3(64), 0)
+RUN(runs_ahead_wrong, runs_ahead<false>, dim3(64), 0)
 RUN(warps, warp_sums, dim3(32, 2), 0)
 RUN(divergent, some_leave, dim3(64), 0)
 RUN(two_barriers, apart, dim3(64), 0)
@@ -135,12 +154,13 @@ def same(outs: list[torch.Tensor]) -> bool:
     return all(torch.equal(out.view(torch.int32), outs[0].view(torch.int32)) for out in outs)
 
 
-@pytest.mark.parametrize("kernel", ["reverse", "rounds"])
+@pytest.mark.parametrize("kernel", ["reverse", "rounds", "runs_ahead"])
 def test_a_missing_barrier_shows_in_the_order_of_threads(small: Shim, kernel: str) -> None:
     outs = [run(small, f"{kernel}_right", order) for order in ORDERS]
     expected = {
         "reverse": VALUES.flip(0),
         "rounds": sum(VALUES.roll(-1 - round) + round for round in range(3)),
+        "runs_ahead": (VALUES[0] + VALUES[32]).expand(64),
     }
     assert same(outs) and torch.equal(outs[0], expected[kernel])
     assert not same([run(small, f"{kernel}_wrong", order) for order in ORDERS])
