@@ -108,6 +108,23 @@ void grad_patch_loss(int device, uintptr_t stream, int images_type, int predicti
                          pointer<const float>(upstream), channels_last, pointer<void>(gradient));
 }
 
+void gather_conv(int device, uintptr_t stream, int type, const MapArgs& map, int64_t channels, int64_t columns,
+                 bool turned, uintptr_t source, uintptr_t weight, uintptr_t bias, uintptr_t out) {
+  spark::conv_gather({device, stream}, type_of(type), map_of(map), channels, columns, turned,
+                     pointer<const void>(source), pointer<const void>(weight), pointer<const void>(bias),
+                     pointer<void>(out));
+}
+
+int64_t weight_parts_conv(int device, const MapArgs& map, int64_t channels, int64_t columns) {
+  return spark::conv_weight_parts(device, map_of(map), channels, columns);
+}
+
+void weight_conv(int device, uintptr_t stream, int type, const MapArgs& map, int64_t channels, int64_t columns,
+                 uintptr_t source, uintptr_t grad, uintptr_t partial, int64_t parts, uintptr_t out) {
+  spark::conv_weight({device, stream}, type_of(type), map_of(map), channels, columns, pointer<const void>(source),
+                     pointer<const void>(grad), pointer<float>(partial), parts, pointer<void>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -139,4 +156,10 @@ PYBIND11_MODULE(_native_cuda, m) {
         arg("masked"), arg("channels"), arg("image_strides"), arg("prediction_strides"), arg("images"),
         arg("prediction"), arg("mean"), arg("inverse"), arg("upstream"), arg("channels_last"), arg("gradient"),
         unlocked);
+
+  m.def("conv_gather", &gather_conv, arg("device"), arg("stream"), arg("type"), arg("map"), arg("channels"),
+        arg("columns"), arg("turned"), arg("source"), arg("weight"), arg("bias"), arg("out"), unlocked);
+  m.def("conv_weight_parts", &weight_parts_conv, arg("device"), arg("map"), arg("channels"), arg("columns"));
+  m.def("conv_weight", &weight_conv, arg("device"), arg("stream"), arg("type"), arg("map"), arg("channels"),
+        arg("columns"), arg("source"), arg("grad"), arg("partial"), arg("parts"), arg("out"), unlocked);
 }

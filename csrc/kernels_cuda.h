@@ -90,4 +90,20 @@ void patch_loss_grad(Queue queue, FloatType images_type, FloatType prediction_ty
                      const void* prediction, const float* mean, const float* inverse, const float* upstream,
                      bool channels_last, void* gradient);
 
+// 3x3 convolution of stride 1 and padding 1 on rows of patches of side 2, 4, 8 or 16, in float16 or bfloat16 with
+// float32 sums. Numbers of channels are multiples of 8, addresses of 16 bytes.
+
+// out [rows, columns] <- source [rows, channels] by weight [9, channels, columns], plus bias [columns] where not null.
+// `turned`: taps in reverse order, for the gradient of the input.
+void conv_gather(Queue queue, FloatType type, const PatchMap& map, int64_t channels, int64_t columns, bool turned,
+                 const void* source, const void* weight, const void* bias, void* out);
+
+// The number of parts that conv_weight sums by itself, as suits the device.
+int64_t conv_weight_parts(int device, const PatchMap& map, int64_t channels, int64_t columns);
+
+// out [columns, channels, 9] <- the gradient of the weight, for source [rows, channels] and grad [rows, columns], of
+// one row or more. partial [parts, 9, channels, columns] is scratch.
+void conv_weight(Queue queue, FloatType type, const PatchMap& map, int64_t channels, int64_t columns,
+                 const void* source, const void* grad, float* partial, int64_t parts, void* out);
+
 }  // namespace spark
