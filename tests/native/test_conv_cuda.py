@@ -138,9 +138,13 @@ def test_the_same_bits_whatever_the_order_of_threads(on_shim, shape: tuple[int, 
 
 
 @pytest.mark.gpu
-def test_the_same_bits_in_every_run(device: str) -> None:
-    case = Case(torch.rand(16, 7, 7) < 0.4, 8, 64, 64, torch.bfloat16, device)
+@pytest.mark.parametrize("shape", [(8, 64, 64), (4, 128, 128), (2, 256, 256)], ids=str)
+def test_every_block_at_work_and_the_same_bits_in_every_run(shape: tuple[int, int, int]) -> None:
+    if cuda.unavailable():
+        pytest.skip(cuda.unavailable())
+    case = Case(torch.rand(32, 7, 7) < 0.4, *shape, torch.bfloat16, "cuda")
     first, *others = [case.run() for _ in range(3)]
+    case.check(first)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
