@@ -47,7 +47,11 @@ class State(ctypes.Structure):
         "shared_bytes",
         "barriers",
     )
-    _fields_ = (*((name, ctypes.c_int64) for name in names), ("problem", ctypes.c_char * 200))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in names),
+        ("problem", ctypes.c_char * 200),
+        ("shared_at_most", ctypes.c_int64),
+    )
 
 
 @dataclass

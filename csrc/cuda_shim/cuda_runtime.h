@@ -57,10 +57,10 @@ struct State {
   int64_t shared_bytes;  // of the last launch's blocks, dynamic and static
   int64_t barriers;      // arrivals at __syncthreads in the last launch
   char problem[200];     // what went wrong inside the last kernel
+  int64_t shared_at_most = 227 * 1024;  // what a block may ask for
 };
+constexpr size_t kSharedByDefault = 48 * 1024;
 inline State state{};
-
-constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;
 
 inline std::map<const void*, size_t>& shared_allowed() {
   static std::map<const void*, size_t> bytes;
@@ -228,13 +228,13 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : static_cast<int>(spark_shim::kSharedAtMost);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : static_cast<int>(spark_shim::state.shared_at_most);
   return cudaSuccess;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > spark_shim::kSharedAtMost) {
+  if (bytes < 0 || bytes > spark_shim::state.shared_at_most) {
     std::snprintf(spark_shim::state.problem, sizeof(spark_shim::state.problem), "more shared memory than there is");
     return cudaErrorInvalidValue;
   }

@@ -196,6 +196,18 @@ def test_offsets_beyond_32_bits(on_shim) -> None:
     case.check((out, case.run()[1], grad_weight))
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 80), (4, 64, 16), (8, 64, 16)], ids=str)
+def test_gpus_with_less_shared_memory(on_shim, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    """Narrower panels of columns, and weights that do not stay, where they would not fit."""
+    case = Case(MASKS["one"](), *shape, torch.bfloat16)
+    cuda.forward(case.features, case.weight, None, case.geometry, 1)
+    plenty = on_shim.state.shared_bytes
+    monkeypatch.setattr(on_shim.state, "shared_at_most", 99 * 1024)
+    cuda.forward(case.features, case.weight, None, case.geometry, 1)
+    assert on_shim.state.shared_bytes < min(plenty, 99 * 1024)
+    case.check(case.run())
+
+
 def test_runs_on_the_callers_device_and_stream(on_shim) -> None:
     case = Case(MASKS["one"](), 4, 8, 8, torch.bfloat16)
     for call, launches in [
