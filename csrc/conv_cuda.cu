@@ -162,8 +162,7 @@ constexpr int kThreads = 128, kRows = 128;
 constexpr int kPieces = 4, kDepth = kPieces * kPiece;
 constexpr int kAhead = 3;  // steps of weights that are under way
 constexpr int kLeastStages = kAhead + 1;
-// The tap at which the rows of the next halo are found; one later its copies begin, three steps before they are waited
-// for.
+// At this tap the next halo's rows are found; at the one after, three steps before they are needed, its copies begin.
 constexpr int kFindTap = 4;
 static_assert(kRows / 4 * kTaps <= (kFindTap - 1) * kThreads);  // patches of 2x2 have the most neighbours
 
