@@ -100,7 +100,7 @@ def test_many_patches_at_the_border_of_tiles(device: str) -> None:
     """The last tile is ragged, images end inside tiles, each block computes several tiles and panels."""
     active = torch.rand(5, 3, 4) < 0.6
     active[2] = False
-    for side, columns in [(4, 24), (2, 136)]:
+    for side, columns in [(2, 24), (4, 264)]:
         case = Case(active, side, 8, columns, torch.float16, device)
         case.check(case.run())
 
