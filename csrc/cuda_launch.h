@@ -1,4 +1,4 @@
-// What every kernel launch needs: the caller's device, a launch, and an error that names the kernel.
+// What every kernel launch needs: the caller's device, a launch, shared memory, and an error that names the kernel.
 // csrc/cuda_shim/cuda_runtime.h stands in for CUDA's own header when a .cu file is built for the CPU.
 #pragma once
 
@@ -11,8 +11,16 @@
 
 #include "kernels_cuda.h"
 
-#ifndef SPARK_LAUNCH
-#define SPARK_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#ifndef SPARK_SHIM
+// SPARK_LAUNCH(kernel, grid, block, bytes of dynamic shared memory, stream, arguments...)
+#define SPARK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+// Inside a kernel: SPARK_SHARED(float, tile, [8][33]) declares an array, SPARK_DYNAMIC_SHARED(float, tile) the pointer
+// to what the launch asked for, aligned to 16 bytes.
+#define SPARK_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define SPARK_DYNAMIC_SHARED(type, name)                         \
+  extern __shared__ __align__(16) unsigned char spark_dynamic[]; \
+  type* const name = reinterpret_cast<type*>(spark_dynamic)
 #endif
 #ifndef SPARK_MAX_BLOCKS
 #define SPARK_MAX_BLOCKS 65535  // kernels stride over the rest
@@ -42,6 +50,14 @@ class DeviceGuard {
  private:
   int wanted_, previous_ = 0;
 };
+
+// Lets `kernel` be launched with `bytes` of dynamic shared memory on the current device; beyond 48 KB that must be
+// said.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes, const char* name) {
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+}
 
 // Blocks of threads (x: columns of a row, y: rows) for `rows` rows of `columns` elements.
 struct RowLaunch {

@@ -80,7 +80,7 @@ void gather_patches(Queue queue, int64_t element_size, const void* image, Stride
                        strides.x * element_size / width};
     const DeviceGuard guard(queue.device, kernel);
     const RowLaunch shape(pixels, columns);
-    SPARK_LAUNCH(gather_patches_kernel<T>, shape.grid, shape.block, stream_of(queue), static_cast<const T*>(image),
+    SPARK_LAUNCH(gather_patches_kernel<T>, shape.grid, shape.block, 0, stream_of(queue), static_cast<const T*>(image),
                  wide, coords, pixels, static_cast<int>(side), columns, static_cast<T*>(rows));
     check(cudaGetLastError(), kernel);
   });
@@ -99,7 +99,7 @@ void scatter_patches(Queue queue, int64_t element_size, const void* rows, const 
     const int64_t columns = channels * element_size / width;
     const DeviceGuard guard(queue.device, kernel);
     const RowLaunch shape(pixels, columns);
-    SPARK_LAUNCH(scatter_patches_kernel<T>, shape.grid, shape.block, stream_of(queue), static_cast<const T*>(rows),
+    SPARK_LAUNCH(scatter_patches_kernel<T>, shape.grid, shape.block, 0, stream_of(queue), static_cast<const T*>(rows),
                  static_cast<const T*>(fill), grid_to_patch, pixels, static_cast<int>(gh), static_cast<int>(gw),
                  static_cast<int>(side), columns, static_cast<T*>(dense));
     check(cudaGetLastError(), kernel);

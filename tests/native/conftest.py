@@ -2,67 +2,54 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import os
-import shlex
-import shutil
-import subprocess
 import sysconfig
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+import torch
+from cuda_shim import CSRC, MASKS, Shim, build, state_of
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-
-
-class State(ctypes.Structure):
-    """spark_shim::State of csrc/cuda_shim/cuda_runtime.h."""
-
-    names = (
-        "device",
-        "fail_next",
-        "launches",
-        "launch_device",
-        "stream",
-        "element_size",
-        "blocks",
-        "threads_x",
-        "threads_y",
-    )
-    _fields_ = tuple((name, ctypes.c_int64) for name in names)
-
-
-@dataclass
-class Shim:
-    module: ModuleType
-    state: State
+from spark_fast.ops import native_cuda
+from spark_fast.patches import ActivePatches
 
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    import pybind11
-
-    named = shlex.split(os.environ.get("CXX", ""))
-    compiler = named or [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
-    if not compiler:
-        pytest.skip("no C++ compiler found, so the CUDA sources cannot be run on the CPU")
-    library = tmp_path_factory.mktemp("shim") / f"_native_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [CSRC / "cuda_shim", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [
-        *compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
-        "-DSPARK_MAX_BLOCKS=2",  # so that small maps go several times round a kernel's grid-stride loop
-        *(f"-I{path}" for path in includes), "-x", "c++", *map(str, sorted(CSRC.glob("*_cuda.cu"))),
-        str(CSRC / "bindings_cuda.cpp"), "-o", str(library),
-    ]  # fmt: skip
-    if os.uname().sysname == "Darwin":
-        command += ["-undefined", "dynamic_lookup"]
-    subprocess.run(command, check=True)
-    spec = importlib.util.spec_from_file_location("_native_cuda", library)
+    path = tmp_path_factory.mktemp("shim") / f"_native_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [*sorted(CSRC.glob("*_cuda.cu")), CSRC / "bindings_cuda.cpp"]
+    # Two blocks, so that small maps go several times round a kernel's grid-stride loop.
+    library = build(path, *sources, flags=("-DSPARK_MAX_BLOCKS=2",))
+    spec = importlib.util.spec_from_file_location("_native_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    state = ctypes.CDLL(str(library)).spark_shim_state
-    state.restype = ctypes.POINTER(State)
-    return Shim(module, state().contents)
+    return Shim(module, state_of(library))
+
+
+@pytest.fixture
+def on_shim(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """The launchers take CPU tensors and queue them on GPU 1, stream 77, of the shim."""
+    monkeypatch.setattr(native_cuda, "module", lambda: shim.module)
+    monkeypatch.setattr(native_cuda, "queue", lambda *_, **__: (1, 77))
+    return shim
+
+
+@pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors of a test live."""
+    if request.param == "shim":
+        request.getfixturevalue("on_shim")
+        return "cpu"
+    if native_cuda.unavailable():
+        pytest.skip(native_cuda.unavailable())
+    return "cuda"
+
+
+@pytest.fixture(params=MASKS)
+def patches(request: pytest.FixtureRequest, device: str) -> ActivePatches:
+    """Sparse batches of odd shapes, on the device."""
+    return ActivePatches(torch.tensor(MASKS[request.param], dtype=torch.bool).to(device))
+
+
+@pytest.fixture
+def some_patches(on_shim: Shim) -> ActivePatches:
+    return ActivePatches(torch.tensor(MASKS["equal"], dtype=torch.bool))

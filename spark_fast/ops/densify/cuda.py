@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 
-from spark_fast.ops import checks
+from spark_fast.ops import checks, native_cuda
+from spark_fast.ops.native_cuda import unavailable  # noqa: F401  (asked by ops.backend)
 from spark_fast.patches import ActivePatches
-
-
-@lru_cache(maxsize=1)
-def unavailable() -> str | None:
-    """Why `spark_fast._native_cuda` cannot be used, or None."""
-    try:
-        _module()
-    except ImportError as error:
-        return (
-            f"the compiled module spark_fast._native_cuda does not load ({error}); it is built where nvcc is found: "
-            "install the CUDA toolkit, then reinstall with `SPARK_FAST_CUDA=1 pip install .`"
-        )
-    return None
 
 
 def gather(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
@@ -39,11 +24,11 @@ def gather(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
             f"gather_patches: images must be (batch, channels, height, width) with batch {patches.batch}, cut into "
             f"{gh}x{gw} square patches; got shape {shape}. Resize the images or use another patch_size"
         )
-    device, stream = _queue("gather_patches", "images", images, patches)
+    device, stream = native_cuda.queue("gather_patches", images=images, patches=patches.coords)
     images = images.resolve_neg()
     rows = images.new_empty(patches.rows(side), shape[1])
     b, c, y, x = images.stride()
-    _module().gather_patches(
+    native_cuda.module().gather_patches(
         device=device, stream=stream, element_size=images.element_size(), image=images.data_ptr(), strides=(b, c, y, x),
         coords=patches.coords.data_ptr(), patches=patches.count, side=side, channels=shape[1], rows=rows.data_ptr(),
     )  # fmt: skip
@@ -60,30 +45,14 @@ def scatter(features: torch.Tensor, patches: ActivePatches, side: int, fill: tor
     checks.check_rows("scatter_patches", features, patches, side)
     channels = features.shape[1]
     checks.check_like("scatter_patches", "fill", fill, features, (channels,))
-    device, stream = _queue("scatter_patches", "features", features, patches)
+    device, stream = native_cuda.queue("scatter_patches", features=features, patches=patches.coords, fill=fill)
     features = features.resolve_neg().contiguous()
     fill = None if fill is None else fill.resolve_neg().contiguous()
     gh, gw = patches.grid
     dense = features.new_empty(patches.batch, gh * side, gw * side, channels)
-    _module().scatter_patches(
+    native_cuda.module().scatter_patches(
         device=device, stream=stream, element_size=features.element_size(), rows=features.data_ptr(),
         fill=0 if fill is None else fill.data_ptr(), grid_to_patch=patches.grid_to_patch.data_ptr(),
         batch=patches.batch, gh=gh, gw=gw, side=side, channels=channels, dense=dense.data_ptr(),
     )  # fmt: skip
     return dense.permute(0, 3, 1, 2)
-
-
-def _module() -> ModuleType:
-    from spark_fast import _native_cuda
-
-    return _native_cuda
-
-
-def _queue(op: str, name: str, tensor: torch.Tensor, patches: ActivePatches) -> tuple[int, int]:
-    """The number of the tensor's GPU and the handle of its current stream; ValueError unless both live on one GPU."""
-    if tensor.device.type != "cuda" or tensor.device != patches.device:
-        raise ValueError(
-            f"{op}: the CUDA backend needs {name} and patches on one GPU; {name} are on {tensor.device}, patches on "
-            f"{patches.device}. Move them with .to('cuda')"
-        )
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
