@@ -23,7 +23,7 @@ def gather_patches(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor
         TypeError, ValueError: images do not fit the patches; the message says how.
     """
     check_images(images, patches)
-    return GatherPatches.apply(images, patches, backend.select("densify", images.device))
+    return GatherPatches.apply(images, patches, backend.select("densify", images.device, images.dtype, images))
 
 
 def scatter_patches(
@@ -43,7 +43,9 @@ def scatter_patches(
     """
     checks.check_rows("scatter_patches", features, patches, side)
     checks.check_like("scatter_patches", "fill", fill, features, (features.shape[1],))
-    return ScatterPatches.apply(features, fill, patches, side, backend.select("densify", features.device))
+    return ScatterPatches.apply(
+        features, fill, patches, side, backend.select("densify", features.device, features.dtype, features)
+    )
 
 
 def check_images(images: torch.Tensor, patches: ActivePatches) -> None:

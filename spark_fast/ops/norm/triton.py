@@ -481,44 +481,36 @@ def layer_apply(
 ):
     """out = (features - mean) * rstd * weight + bias, mean and rstd (rows,) of each row; weight and bias may be None.
 
-    Grid: (tiles of rows,). A program holds its rows whole if BLOCK_C covers the channels, else it reads them thrice.
+    Grid: (tiles of rows,). The three passes are one read where BLOCK_C covers the channels.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     present = (row < rows)[:, None]
-    start_at = row[:, None] * CHANNELS
-    lane = tl.arange(0, BLOCK_C)
-    if BLOCK_C >= CHANNELS:
-        inside = lane < CHANNELS
-        exists = present & inside[None, :]
-        x = tl.load(features + start_at + lane[None, :], mask=exists, other=0.0).to(tl.float32)
-        m = tl.sum(x, 1)[:, None] / CHANNELS
-        distance = tl.where(exists, x - m, 0.0)
-        r = 1.0 / tl.sqrt(tl.sum(distance * distance, 1)[:, None] / CHANNELS + eps)
-        y = distance * r * _vector(weight, lane, inside, 1.0) + _vector(bias, lane, inside, 0.0)
-        tl.store(out + start_at + lane[None, :], y.to(out.dtype.element_ty), mask=exists)
-    else:
-        sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(0, CHANNELS, BLOCK_C):
-            column = start + lane[None, :]
-            sums += tl.load(features + start_at + column, mask=present & (column < CHANNELS), other=0.0).to(tl.float32)
-        m = tl.sum(sums, 1)[:, None] / CHANNELS
-        squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(0, CHANNELS, BLOCK_C):
-            column = start + lane[None, :]
-            exists = present & (column < CHANNELS)
-            x = tl.load(features + start_at + column, mask=exists, other=0.0).to(tl.float32)
-            distance = tl.where(exists, x - m, 0.0)
-            squares += distance * distance
-        r = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / CHANNELS + eps)
-        for start in range(0, CHANNELS, BLOCK_C):
-            column = start + lane
-            inside = column < CHANNELS
-            exists = present & inside[None, :]
-            x = tl.load(features + start_at + column[None, :], mask=exists, other=0.0).to(tl.float32)
-            y = (x - m) * r * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
-            tl.store(out + start_at + column[None, :], y.to(out.dtype.element_ty), mask=exists)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_C):
+        at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
+        sums += tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
+    m = tl.sum(sums, 1)[:, None] / CHANNELS
+    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_C):
+        at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
+        distance = tl.where(exists, tl.load(features + at, mask=exists, other=0.0).to(tl.float32) - m, 0.0)
+        squares += distance * distance
+    r = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / CHANNELS + eps)
+    for start in range(0, CHANNELS, BLOCK_C):
+        at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
+        x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
+        y = (x - m) * r * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=exists)
     tl.store(mean + row[:, None], m, mask=present)
     tl.store(rstd + row[:, None], r, mask=present)
+
+
+@triton.jit
+def _chunk(row, present, start, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C channels of rows from `start` on: offsets, which of them exist; the channels, and which of those do."""
+    column = start + tl.arange(0, BLOCK_C)
+    inside = column < CHANNELS
+    return row[:, None] * CHANNELS + column[None, :], present & inside[None, :], column, inside
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -543,53 +535,36 @@ def layer_grad(
     """
     part = tl.program_id(0)
     lane = tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < CHANNELS
-    if partial is not None:
-        w = _vector(weight, column, inside, 1.0)
-        sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for tile in range(part, (rows + BLOCK_R - 1) // BLOCK_R, parts):
-            row = tile * BLOCK_R + lane
-            present = row < rows
-            exists = present[:, None] & inside[None, :]
-            at = row[:, None] * CHANNELS + column[None, :]
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for tile in range(part, (rows + BLOCK_R - 1) // BLOCK_R, parts):
+        row = tile * BLOCK_R + lane
+        m = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        present = (row < rows)[:, None]
+        row_sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        row_products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for start in range(0, CHANNELS, BLOCK_C):
+            at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
             g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
-            m = tl.load(mean + row, mask=present, other=0.0)[:, None]
-            r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
             normal = tl.where(exists, (x - m) * r, 0.0)
-            sums += g
-            products += g * normal
-            g *= w
-            mean_g = tl.sum(g, 1)[:, None] / CHANNELS
-            mean_product = tl.sum(g * normal, 1)[:, None] / CHANNELS
-            tl.store(out + at, ((g - mean_g - normal * mean_product) * r).to(out.dtype.element_ty), mask=exists)
-        to = partial + part.to(tl.int64) * (2 * CHANNELS) + column
-        tl.store(to, tl.sum(sums, 0), mask=inside)
-        tl.store(to + CHANNELS, tl.sum(products, 0), mask=inside)
-    else:
-        row = part * BLOCK_R + lane
-        present = row < rows
-        m = tl.load(mean + row, mask=present, other=0.0)[:, None]
-        r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
-        sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            if partial is not None:
+                sums += g
+                products += g * normal
+            g *= _vector(weight, column, inside, 1.0)
+            row_sums += g
+            row_products += g * normal
+        mean_g = tl.sum(row_sums, 1)[:, None] / CHANNELS
+        mean_product = tl.sum(row_products, 1)[:, None] / CHANNELS
         for start in range(0, CHANNELS, BLOCK_C):
-            inside = start + column < CHANNELS
-            exists = present[:, None] & inside[None, :]
-            at = row[:, None] * CHANNELS + (start + column)[None, :]
+            at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, start + column, inside, 1.0)
-            sums += g
-            products += tl.where(exists, g * ((x - m) * r), 0.0)
-        mean_g = tl.sum(sums, 1)[:, None] / CHANNELS
-        mean_product = tl.sum(products, 1)[:, None] / CHANNELS
-        for start in range(0, CHANNELS, BLOCK_C):
-            inside = start + column < CHANNELS
-            exists = present[:, None] & inside[None, :]
-            at = row[:, None] * CHANNELS + (start + column)[None, :]
-            x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, start + column, inside, 1.0)
+            g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, column, inside, 1.0)
             value = (g - mean_g - (x - m) * r * mean_product) * r
             tl.store(out + at, value.to(out.dtype.element_ty), mask=exists)
+    if partial is not None:
+        column = tl.arange(0, BLOCK_C)
+        to = partial + part.to(tl.int64) * (2 * CHANNELS) + column
+        tl.store(to, tl.sum(sums, 0), mask=column < CHANNELS)
+        tl.store(to + CHANNELS, tl.sum(products, 0), mask=column < CHANNELS)
