@@ -81,7 +81,7 @@ def gather_rows(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """rows (count, C) = the pixels of the patches at coords (count / SIDE^2, 3). Grid: (tiles of rows * tiles of C,)."""
+    """rows (count, C) = the pixels of the patches at coords (patches, 3). Grid: (tiles of rows * tiles of C,)."""
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     row = tl.program_id(0) // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     column = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
