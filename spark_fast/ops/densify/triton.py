@@ -8,11 +8,11 @@ import triton.language as tl
 
 from spark_fast.ops import checks, tuning
 from spark_fast.ops.densify import configs
-from spark_fast.ops.triton_launch import launch, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
+from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
 from spark_fast.patches import ActivePatches
 
 
-def unsupported(tensor: torch.Tensor) -> str | None:
+def unsupported(tensor: torch.Tensor, patches: ActivePatches, side: int | None = None) -> str | None:
     return None if tensor.dtype in checks.FLOATS else f"{tensor.dtype} runs on PyTorch's library"
 
 
@@ -36,8 +36,7 @@ def gather(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
 
 def scatter(features: torch.Tensor, patches: ActivePatches, side: int, fill: torch.Tensor | None) -> torch.Tensor:
     """Channels-last (B, C, gh * side, gw * side): features (P * side * side, C) where active, else fill (C,) or 0."""
-    features = features.contiguous()
-    fill = None if fill is None else fill.contiguous()
+    features, fill = packed(features, fill)
     (gh, gw), channels = patches.grid, features.shape[1]
     pixels = patches.batch * gh * gw * side * side
 

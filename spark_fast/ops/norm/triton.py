@@ -12,7 +12,7 @@ import triton.language as tl
 
 from spark_fast.ops import tuning
 from spark_fast.ops.norm import configs
-from spark_fast.ops.triton_launch import launch, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
+from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
 
 FUSES_RESIDUAL = True
 PROGRAMS = 1024  # that sum over rows: enough to fill any GPU; a fixed number, so that sums do not depend on the GPU
@@ -30,7 +30,7 @@ def batch_norm_forward(
     features, weight, bias, running_mean, running_var, training, momentum, eps, activation, residual=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """activation(norm(features) + residual), and the mean and the reciprocal deviation (C,) in float32."""
-    features, weight, bias, residual = _packed(features, weight, bias, residual)
+    features, weight, bias, residual = packed(features, weight, bias, residual)
     if training:
         mean, rstd = _batch_statistics(features, running_mean, running_var, momentum, eps)
     else:
@@ -58,7 +58,7 @@ def batch_norm_backward(
 
     The activation's mask is computed again. Without an activation the residual's gradient is `grad`, and none is given.
     """
-    grad, features, weight, bias, residual = _packed(grad, features, weight, bias, residual)
+    grad, features, weight, bias, residual = packed(grad, features, weight, bias, residual)
     rows, channels = features.shape
 
     def sums_in(config):
@@ -85,7 +85,7 @@ def batch_norm_backward(
 
 def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of each row, and the mean and the reciprocal deviation (N,) in float32."""
-    features, weight, bias = _packed(features, weight, bias)
+    features, weight, bias = packed(features, weight, bias)
     rows, channels = features.shape
     mean, rstd = features.new_empty(2, rows, dtype=torch.float32)
 
@@ -103,7 +103,7 @@ def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch
 
 def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of features, weight and bias."""
-    grad, features, weight = _packed(grad, features, weight)
+    grad, features, weight = packed(grad, features, weight)
     rows, channels = features.shape
     whole = channels <= MOST_CHANNELS
 
@@ -129,10 +129,6 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
 
         sums = _tuned("norm.layer_sums", case, features, configs.BATCH, sums_in)
     return out, sums[1], sums[0]
-
-
-def _packed(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _tuned(kernel: str, case: tuple, features, choices, run):
@@ -175,7 +171,7 @@ def _batch_statistics(features, running_mean, running_var, momentum: float, eps:
 
     partial, block = _tuned("norm.batch_statistics", (features.dtype, channels), features, configs.BATCH, run)
     mean, rstd = features.new_empty(2, channels, dtype=torch.float32)
-    updated = _packed(running_mean, running_var)
+    updated = packed(running_mean, running_var)
     launch(
         batch_statistics, (triton.cdiv(channels, 16),), partial, mean, rstd, *updated, rows, partial.shape[0], momentum,
         eps, CHANNELS=channels, BLOCK_R=block, BLOCK_P=128, BLOCK_C=16, num_warps=4,

@@ -40,7 +40,7 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
     from spark_fast.ops.patch_loss import library  # which imports this module
 
     check_images(images, patches)
-    run = backend.select("patch_loss", prediction.device, prediction.dtype, prediction, images)
+    run = backend.select("patch_loss", prediction.device, prediction.dtype, prediction, images, patches)
     if images.requires_grad and torch.is_grad_enabled() and run.__name__.endswith((".cpu", ".triton")):
         run = library  # the kernels take the images as the target only, and have no gradient of them
     if not hasattr(run, "READS_HALF"):

@@ -16,7 +16,7 @@ from spark_fast.patches import ActivePatches
 READS_HALF = True
 
 
-def unsupported(prediction: torch.Tensor, images: torch.Tensor) -> str | None:
+def unsupported(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> str | None:
     for tensor in (prediction, images):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{tensor.dtype} runs on PyTorch's library"
