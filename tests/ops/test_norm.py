@@ -601,6 +601,15 @@ def test_triton_strided_inputs_and_gradients(norm, on_triton):
     torch.testing.assert_close((ours, *our_grads), (packed, *packed_grads), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_triton_dense_maps_with_a_residual(layout, on_triton):
+    x, residual = (torch.randn(2, 5, 3, 4, device=on_triton).contiguous(memory_format=layout) for _ in range(2))
+    w, b = (torch.randn(5, device=on_triton) for _ in range(2))
+    ours = value_and_grads(lambda t, r, *wb: batch_norm_dense(t, None, None, *wb, True, residual=r), x, residual, w, b)
+    theirs = value_and_grads(lambda *t: pytorchs_with_residual(*t, True, None), x, residual, w, b)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_triton_without_rows_or_channels(on_triton):
     x, w, b = (torch.randn(s, device=on_triton) for s in ((0, 9), (9,), (9,)))
     stats = torch.zeros(9, device=on_triton), torch.ones(9, device=on_triton)
