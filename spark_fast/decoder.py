@@ -23,7 +23,7 @@ class DenseConv2d(nn.Conv2d):
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution: (B, in, H, W) -> (B, out, 2H, 2W)."""
+    """Doubles the resolution: (B, in, H, W) -> (B, out, 2H, 2W), to which `skip` of that shape, if any, is added."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -36,14 +36,14 @@ class UpBlock(nn.Module):
             nn.BatchNorm2d(out_channels),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
         if _is_own(up, nn.ConvTranspose2d) and _is_own(conv[0], DenseConv2d):
             x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
         else:
             x = conv[0](up(x))
         x = conv[3](_norm_activation(x, conv[1], conv[2]))
-        return _norm_activation(x, conv[4], None)
+        return _norm_activation(x, conv[4], None, skip)
 
 
 def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -58,11 +58,15 @@ def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
     return own
 
 
-def _norm_activation(x: torch.Tensor, norm: nn.Module, activation: nn.Module | None) -> torch.Tensor:
-    """activation(norm(x)), in one pass if they are what `UpBlock` made; a SyncBatchNorm, say, runs as it is."""
+def _norm_activation(
+    x: torch.Tensor, norm: nn.Module, activation: nn.Module | None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """activation(norm(x) + residual), in one pass if they are what `UpBlock` made; others run as they are."""
     fused = _is_own(norm, nn.BatchNorm2d) and norm.momentum is not None
+    fused = fused and (residual is None or residual.dtype == x.dtype)
     if not fused or not (activation is None or _is_own(activation, nn.ReLU6)):
         x = norm(x)
+        x = x if residual is None else x + residual
         return x if activation is None else activation(x)
     track = norm.training and norm.track_running_stats
     if track and norm.num_batches_tracked is not None:
@@ -71,7 +75,7 @@ def _norm_activation(x: torch.Tensor, norm: nn.Module, activation: nn.Module | N
     running = (norm.running_mean, norm.running_var) if track or not use_batch else (None, None)
     return batch_norm_dense(
         x, *running, norm.weight, norm.bias, use_batch, norm.momentum, norm.eps,
-        None if activation is None else "relu6",
+        None if activation is None else "relu6", residual,
     )  # fmt: skip
 
 
@@ -108,10 +112,9 @@ class Decoder(nn.Module):
             maps: entry k is added before block k: (B, width >> k, h << k, w << k), or None. The first is not None.
         """
         x = maps[0]
-        for k, block in enumerate(self.dec):
-            if 0 < k < len(maps) and maps[k] is not None:
-                x = x + maps[k]
-            x = block(x)
+        for k, block in enumerate(self.dec, start=1):
+            skip = maps[k] if k < min(len(maps), len(self.dec)) else None
+            x = block(x) if skip is None else block(x, skip)
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)
         pixels = linear(rows, self.proj.weight.flatten(1), self.proj.bias)
         return pixels.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)

@@ -29,6 +29,6 @@ def value_and_grads(function, *inputs):
     """Output and the gradients of sum(output * fixed weights), fixed by shape, for every input that is a tensor."""
     inputs = [t.detach().clone().requires_grad_() if torch.is_tensor(t) else t for t in inputs]
     out = function(*inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     tensors = [t for t in inputs if torch.is_tensor(t)]
     return out.detach(), torch.autograd.grad(out, tensors, weights)

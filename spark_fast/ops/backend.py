@@ -33,13 +33,21 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
     "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
-    "norm": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
-    "densify": {
-        "cpu": ("library", "reference"),
-        "cuda": ("library", "cuda", "reference"),
+    "norm": {
+        "cpu": ("cpu", "library", "reference"),
+        "cuda": ("triton", "library", "reference"),
         "*": ("library", "reference"),
     },
-    "patch_loss": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
+    "densify": {
+        "cpu": ("library", "reference"),
+        "cuda": ("triton", "library", "cuda", "reference"),
+        "*": ("library", "reference"),
+    },
+    "patch_loss": {
+        "cpu": ("cpu", "library", "reference"),
+        "cuda": ("triton", "library", "reference"),
+        "*": ("library", "reference"),
+    },
 }
 MEASURED = ("triton", "cuda")  # where both take a case, tables of measurements say which is faster
 OPTIONAL = ("cuda",)  # backends that a machine may lack; the next one in the order runs there

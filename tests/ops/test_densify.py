@@ -6,7 +6,9 @@ import pytest
 import torch
 from exactness import DTYPES, value_and_grads
 
+import spark_fast as sf
 from spark_fast import use_backend
+from spark_fast.ops import tuning
 from spark_fast.ops.densify import gather_patches, scatter_patches
 
 
@@ -75,3 +77,84 @@ def test_bad_fill_is_named(some_patches):
         scatter_patches(x, some_patches, 2, torch.zeros(4))
     with pytest.raises(TypeError, match="fill"):
         scatter_patches(x, some_patches, 2, torch.zeros(3, dtype=torch.float64))
+
+
+def layouts(images):
+    """The same images with other strides: channels-last, columns first, a view with gaps, expanded in the batch."""
+    holder = images.new_full((*images.shape[:2], 2 * images.shape[2], 3 * images.shape[3]), torch.nan)
+    holder[:, :, ::2, ::3] = images
+    return (
+        images, images.to(memory_format=torch.channels_last), images.transpose(2, 3).contiguous().mT,
+        holder[:, :, ::2, ::3], images[:1].expand(images.shape),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "channels"), [(1, 65), (3, 7), (8, 1)])
+def test_triton_gather_equals_the_loop(channels, side, dtype, some_patches, on_triton):
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    images = torch.randn(2, channels, 3 * side, 4 * side).to(on_triton, dtype)
+    for layout in layouts(images):
+        ours, our_grads = value_and_grads(lambda t: gather_patches(t, patches), layout)
+        with use_backend("reference"):
+            theirs, their_grads = value_and_grads(lambda t: gather_patches(t, patches), layout)
+        assert torch.equal(ours, theirs) and torch.equal(our_grads[0], their_grads[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "channels"), [(1, 65), (3, 7), (8, 1)])
+@pytest.mark.parametrize("filled", [True, False])
+def test_triton_scatter_equals_the_loop(filled, channels, side, dtype, some_patches, on_triton):
+    check_scatter(sf.ActivePatches(some_patches.active.to(on_triton)), side, channels, dtype, filled)
+
+
+def check_scatter(patches, side, channels, dtype, filled):
+    inputs = [torch.randn(patches.rows(side), channels).to(patches.device, dtype)]
+    if filled:
+        inputs.append(torch.randn(channels).to(patches.device, dtype))
+    ours, our_grads = value_and_grads(lambda *t: scatter_patches(t[0], patches, side, *t[1:]), *inputs)
+    with use_backend("reference"):
+        theirs, their_grads = value_and_grads(lambda *t: scatter_patches(t[0], patches, side, *t[1:]), *inputs)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(our_grads[0], their_grads[0])
+    torch.testing.assert_close(our_grads[1:], their_grads[1:])
+
+
+def test_triton_on_any_mask(patches, on_triton):
+    patches = sf.ActivePatches(patches.active.to(on_triton))
+    gh, gw = patches.grid
+    images = torch.randn(patches.batch, 5, 2 * gh, 2 * gw, device=on_triton)
+    rows = gather_patches(images, patches)
+    with use_backend("reference"):
+        assert torch.equal(rows, gather_patches(images, patches))
+    check_scatter(patches, 2, 5, torch.float32, True)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_triton_copies_in_every_configuration(number, some_patches, on_triton):
+    from spark_fast.ops.densify import configs
+
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    images = torch.randn(2, 300, 15, 20, device=on_triton)
+    with tuning.forced(configs.COPY[number]):
+        rows = gather_patches(images, patches)
+        dense = scatter_patches(rows, patches, 5)
+    mask = patches.active[:, None].repeat_interleave(5, 2).repeat_interleave(5, 3)
+    assert torch.equal(dense, images * mask)
+    with use_backend("reference"):
+        assert torch.equal(rows, gather_patches(images, patches))
+
+
+def test_triton_does_not_read_masked_pixels(some_patches, on_triton):
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    images = torch.randn(2, 3, 12, 16, device=on_triton)
+    masked = ~patches.active[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    before = gather_patches(images, patches)
+    assert torch.equal(before, gather_patches(images.masked_fill(masked, torch.nan), patches))
+
+
+def test_triton_leaves_integers_to_the_library(some_patches, on_triton):
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    with pytest.raises(sf.BackendError, match="int64"):
+        gather_patches(torch.zeros(2, 3, 6, 8, dtype=torch.int64, device=on_triton), patches)

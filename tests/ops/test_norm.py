@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from exactness import DTYPES, assert_as_exact, value_and_grads
 from torch import nn
 
+import spark_fast as sf
 from spark_fast import use_backend
+from spark_fast.ops import tuning
 from spark_fast.ops.norm import batch_norm, batch_norm_dense, layer_norm
 
 BACKENDS = ["cpu", "library", "reference"]
@@ -45,9 +47,9 @@ def pytorchs(t, mean, var, *wb, training, momentum=0.1, activation=None):
     return ACTIVATIONS[activation](F.batch_norm(t, mean, var, w, b, training, momentum))
 
 
-def check_batch_norm(size, dtype, training, affine=True, activation=None, **sampled):
-    inputs = samples(size, affine, dtype, **sampled)
-    at = [statistics(size[1], t) for t in (dtype, dtype, torch.float64)]
+def check_batch_norm(size, dtype, training, affine=True, activation=None, device="cpu", **sampled):
+    inputs = [t.to(device) for t in samples(size, affine, dtype, **sampled)]
+    at = [[s.to(device) for s in statistics(size[1], t)] for t in (dtype, dtype, torch.float64)]
     settings = dict(training=training, momentum=0.3, activation=activation)
     ours, our_grads = value_and_grads(lambda t, *wb: batch_norm(t, *at[0], *(wb or (None, None)), **settings), *inputs)
     theirs, their_grads = value_and_grads(lambda *t: pytorchs(t[0], *at[1], *t[1:], **settings), *inputs)
@@ -181,8 +183,8 @@ def test_one_channel_is_its_own_mean(backend):
     torch.testing.assert_close(grads[1], torch.zeros(1), rtol=0, atol=1e-5**-0.5 * 2**-22)
 
 
-def check_layer_norm(size, dtype, affine):
-    inputs = samples(size, affine, dtype)
+def check_layer_norm(size, dtype, affine, device="cpu"):
+    inputs = [t.to(device) for t in samples(size, affine, dtype)]
 
     def theirs_of(t, *wb):
         return F.layer_norm(t, t.shape[1:], *wb)
@@ -388,3 +390,258 @@ def test_a_strided_weight_is_not_misread(backend):
             batch_norm(at, None, None, weight, None, training=True).square().sum().backward()
         grads.append(at.grad)
     assert torch.equal(*grads)
+
+
+def pytorchs_with_residual(t, residual, w, b, training, activation, mean=None, var=None):
+    return ACTIVATIONS[activation](F.batch_norm(t, mean, var, w, b, training) + residual)
+
+
+def check_residual(size, dtype, training, activation, device="cpu"):
+    x, w, b = (t.to(device) for t in samples(size, True, dtype))
+    residual = samples((size[0] + 1, size[1]), False, dtype)[0][1:].to(device)
+    stats = [[s.to(device) for s in statistics(size[1], t)] for t in (dtype, dtype, torch.float64)]
+
+    def ours(t, r, *wb):
+        return batch_norm(t, *stats[0], *wb, training, activation=activation, residual=r)
+
+    mine, my_grads = value_and_grads(ours, x, residual, w, b)
+    (own, own_grads), (true, grads) = (
+        value_and_grads(lambda *t: pytorchs_with_residual(*t, training, activation, *at), *inputs)  # noqa: B023
+        for at, inputs in (
+            (stats[1], (x, residual, w, b)),
+            (stats[2], [t.double() for t in (x, residual, w, b)]),
+        )
+    )
+    terms = 3 * size[0] + 6
+    assert mine.dtype == dtype
+    assert_as_exact(mine, own, true, "forward", terms)
+    for name, a, theirs, exact in zip(("input", "residual", "weight", "bias"), my_grads, own_grads, grads, strict=True):
+        assert a.dtype == dtype
+        assert_as_exact(a, theirs, exact, f"grad {name}", terms)
+    for a, theirs, exact in zip(*stats, strict=True):
+        assert_as_exact(a, theirs, exact, "running statistics", terms)
+
+
+@pytest.mark.parametrize("size", [(5, 3), (200, 65)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_is_added_before_the_activation(training, activation, size, backend):
+    check_residual(size, torch.float32, training, activation)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_of_dense_maps(training, backend):
+    x, residual = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    stats, w, b = statistics(5, x.dtype), torch.randn(5), torch.randn(5)
+    plain = batch_norm_dense(x, *[s.clone() for s in stats], w, b, training)
+    out = batch_norm_dense(x, *stats, w, b, training, residual=residual)
+    torch.testing.assert_close(out, plain + residual)
+
+
+def test_a_wrong_residual_is_named():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        batch_norm(x, None, None, training=True, residual=x[:3])
+    with pytest.raises(TypeError, match="residual is"):
+        batch_norm(x, None, None, training=True, residual=x.double())
+    images = torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="residual"):
+        batch_norm_dense(images, None, None, training=True, residual=images.mT)
+
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [(5, 3), (13, 7), (50, 1), (200, 65)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_triton_batch_norm(training, size, dtype, on_triton):
+    check_batch_norm(size, dtype, training, device=on_triton)
+
+
+@pytest.mark.parametrize("size", [(13, 7), (2100, 24)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_triton_activations(affine, activation, size, on_triton):
+    check_batch_norm(size, torch.float32, True, affine, activation, on_triton)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("training", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)], ids=str
+)
+def test_triton_residual(training, dtype, activation, on_triton):
+    check_residual((200, 65), dtype, training, activation, on_triton)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_triton_batch_norm_in_every_configuration(number, on_triton):
+    from spark_fast.ops.norm import configs
+
+    with tuning.forced(configs.BATCH[number]):
+        check_batch_norm((400, 130), torch.float32, True, activation="relu", device=on_triton)
+        check_residual((70, 130), torch.float32, True, "relu6", on_triton)
+
+
+def test_triton_batch_norm_in_many_parts(monkeypatch, on_triton):
+    """Every part its own number of tiles, the last tile short: 5 or 6 tiles of 4 rows in each of 7 parts."""
+    from spark_fast.ops.norm import triton
+
+    monkeypatch.setattr(triton, "MOST_PARTS", 7)
+    with tuning.forced({"TILE": 32, "BLOCK_C": 8, "num_warps": 2}):
+        for rows in (150, 152, 3):
+            check_batch_norm((rows, 9), torch.float32, True, device=on_triton, mean=30.0)
+
+
+def test_triton_many_rows_far_from_zero_keep_their_precision(on_triton):
+    x = torch.randn(300_000, 3).add(1000).to(on_triton)
+    stats = torch.zeros(3, device=on_triton), torch.ones(3, device=on_triton)
+    batch_norm(x, *stats, training=True, momentum=1.0)
+    torch.testing.assert_close(stats[0].double(), x.double().mean(0), rtol=2**-23, atol=0)
+    torch.testing.assert_close(stats[1].double(), x.double().var(0), rtol=2**-20, atol=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_does_not_hide_nan(activation, on_triton):
+    for row in (0, 4):  # the first row is the pivot of the sums
+        x = torch.randn(9, 3, device=on_triton)
+        x[row, 1] = torch.nan
+        out = batch_norm(x, None, None, training=True, activation=activation)
+        assert out[:, 1].isnan().all() and out[:, [0, 2]].isfinite().all()
+        out = layer_norm(x)
+        assert out[row].isnan().all() and out[1:4].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("kink", [0.0, 6.0])
+def test_triton_no_gradient_at_the_kinks(kink, activation, on_triton):
+    x, w, b = (t.to(on_triton) for t in (torch.randn(9, 3), torch.zeros(3), torch.full((3,), kink)))
+    settings = dict(training=True, activation=activation)
+    ours = value_and_grads(lambda *t: batch_norm(t[0], None, None, *t[1:], **settings), x, w, b)
+    theirs = value_and_grads(lambda *t: pytorchs(t[0], None, None, *t[1:], **settings), x, w, b)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_running_statistics_of_any_kind(dtype, on_triton):
+    x = torch.randn(50, 9, device=on_triton)
+    mean = torch.zeros(9, 2, dtype=dtype, device=on_triton)[:, 0]
+    var = torch.ones(9, dtype=dtype, device=on_triton)
+    versions = mean._version, var._version
+    batch_norm(x, mean, var, training=True, momentum=0.5)
+    tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(x.dtype).eps)
+    torch.testing.assert_close(mean.float(), x.mean(0) / 2, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(var.float(), (1 + x.var(0)) / 2, rtol=tolerance, atol=tolerance)
+    assert mean._version > versions[0] and var._version > versions[1]
+    before = mean.clone()
+    out = batch_norm(x, mean, var, training=False)
+    assert torch.equal(mean, before)
+    torch.testing.assert_close(out, (x - mean.float()) / (var.float() + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [(5, 3), (13, 7), (70, 65), (9, 768)], ids=str)
+def test_triton_layer_norm(size, dtype, on_triton):
+    check_layer_norm(size, dtype, True, on_triton)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_triton_layer_norm_in_chunks_of_channels(affine, monkeypatch, on_triton):
+    """Rows too long to be held: pieces of 32 channels, the last one short."""
+    from spark_fast.ops.norm import triton
+
+    monkeypatch.setattr(triton, "MOST_CHANNELS", 32)
+    monkeypatch.setattr(triton, "CHUNK", 32)
+    check_layer_norm((70, 65), torch.float32, affine, on_triton)
+    check_layer_norm((13, 130), torch.bfloat16, affine, on_triton)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_triton_layer_norm_in_every_configuration(number, monkeypatch, on_triton):
+    from spark_fast.ops.norm import configs, triton
+
+    monkeypatch.setattr(triton, "MOST_PARTS", 3)
+    with tuning.forced(configs.LAYER[number]):
+        check_layer_norm((301, 100), torch.float32, True, on_triton)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_triton_half_rows_with_float_weights(norm, dtype, on_triton):
+    x, w, b = (t.to(on_triton) for t in (torch.randn(50, 9).to(dtype), torch.randn(9), torch.randn(9)))
+
+    def run(function):
+        return lambda *t: (
+            function(t[0], None, None, *t[1:], training=True) if norm == "batch" else function(t[0], *t[1:])
+        )
+
+    def exact(t, *wb):
+        return F.batch_norm(t, None, None, *wb, True) if norm == "batch" else F.layer_norm(t, (9,), *wb)
+
+    mine, grads = value_and_grads(run(batch_norm if norm == "batch" else layer_norm), x, w, b)
+    own, own_grads = value_and_grads(lambda *t: exact(*(s.float() for s in t)).to(dtype), x, w, b)
+    true, true_grads = value_and_grads(exact, x.double(), w.double(), b.double())
+    assert (mine.dtype, *(g.dtype for g in grads)) == (dtype, dtype, torch.float32, torch.float32)
+    assert_as_exact(mine, own, true, "forward", 150)
+    for name, a, theirs, oracle in zip(("input", "weight", "bias"), grads, own_grads, true_grads, strict=True):
+        assert_as_exact(a, theirs, oracle, f"grad {name}", 150)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_triton_strided_inputs_and_gradients(norm, on_triton):
+    x, w, b = torch.randn(7, 26).t()[::2], torch.randn(14)[::2], torch.randn(7, 2)[:, 1]
+    x, w, b = (t.to(on_triton) for t in (x, w, b))
+
+    def run(*t):
+        out = batch_norm(t[0], None, None, *t[1:], training=True) if norm == "batch" else layer_norm(*t)
+        return out.t().flatten()
+
+    ours, our_grads = value_and_grads(run, x, w, b)
+    packed, packed_grads = value_and_grads(run, x.contiguous(), w.contiguous(), b.contiguous())
+    torch.testing.assert_close((ours, *our_grads), (packed, *packed_grads), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_triton_dense_maps_with_a_residual(layout, on_triton):
+    x, residual = (torch.randn(2, 5, 3, 4, device=on_triton).contiguous(memory_format=layout) for _ in range(2))
+    w, b = (torch.randn(5, device=on_triton) for _ in range(2))
+    ours = value_and_grads(lambda t, r, *wb: batch_norm_dense(t, None, None, *wb, True, residual=r), x, residual, w, b)
+    theirs = value_and_grads(lambda *t: pytorchs_with_residual(*t, True, None), x, residual, w, b)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_triton_without_rows_or_channels(on_triton):
+    x, w, b = (torch.randn(s, device=on_triton) for s in ((0, 9), (9,), (9,)))
+    stats = torch.zeros(9, device=on_triton), torch.ones(9, device=on_triton)
+    for run in (layer_norm, lambda *t: batch_norm(t[0], *stats, *t[1:], activation="relu")):
+        out, grads = value_and_grads(run, x, w, b)
+        assert out.shape == grads[0].shape == (0, 9)
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads[1:])
+    empty = torch.empty(5, 0, device=on_triton)
+    assert batch_norm(empty, None, None, training=True).shape == layer_norm(empty).shape == empty.shape
+
+
+def test_triton_in_evaluation_an_infinite_gradient_stays_in_its_row(on_triton):
+    x = torch.randn(5, 3, requires_grad=True, device=on_triton)
+    upstream = torch.ones(5, 3, device=on_triton)
+    upstream[2, 1] = torch.inf
+    batch_norm(x, *(f(3, device=on_triton) for f in (torch.zeros, torch.ones))).backward(upstream)
+    finite = x.grad.isfinite()
+    assert not finite[2, 1] and finite.sum() == 14
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_triton_repeats_bit_for_bit(norm, on_triton):
+    inputs = [t.to(on_triton) for t in samples((1000, 24), True, torch.float32)]
+
+    def run(*t):
+        return batch_norm(t[0], None, None, *t[1:], training=True) if norm == "batch" else layer_norm(*t)
+
+    first, again = ((out, *grads) for out, grads in (value_and_grads(run, *inputs) for _ in range(2)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_triton_leaves_float64_to_the_library(on_triton):
+    for run in (layer_norm, lambda t: batch_norm(t, None, None, training=True)):
+        with pytest.raises(sf.BackendError, match="float64"):
+            run(torch.randn(4, 3, dtype=torch.float64, device=on_triton))

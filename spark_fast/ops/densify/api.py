@@ -23,7 +23,7 @@ def gather_patches(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor
         TypeError, ValueError: images do not fit the patches; the message says how.
     """
     check_images(images, patches)
-    return GatherPatches.apply(images, patches, backend.select("densify", images.device))
+    return GatherPatches.apply(images, patches, backend.select("densify", images.device, images.dtype, images, patches))
 
 
 def scatter_patches(
@@ -43,7 +43,8 @@ def scatter_patches(
     """
     checks.check_rows("scatter_patches", features, patches, side)
     checks.check_like("scatter_patches", "fill", fill, features, (features.shape[1],))
-    return ScatterPatches.apply(features, fill, patches, side, backend.select("densify", features.device))
+    run = backend.select("densify", features.device, features.dtype, features, patches, side)
+    return ScatterPatches.apply(features, fill, patches, side, run)
 
 
 def check_images(images: torch.Tensor, patches: ActivePatches) -> None:
@@ -63,6 +64,14 @@ def check_images(images: torch.Tensor, patches: ActivePatches) -> None:
         )
     if images.device != patches.device:
         raise ValueError(f"images are on {images.device}, active on {patches.device}; move one with .to()")
+
+
+def trial(run, tensor: torch.Tensor, patches: ActivePatches, side: int | None = None) -> None:
+    """Gathers images, or scatters rows if there is a side, for `backend.select` to measure."""
+    if side is None:
+        run.gather(tensor, patches)
+    else:
+        run.scatter(tensor, patches, side, None)
 
 
 class GatherPatches(torch.autograd.Function):

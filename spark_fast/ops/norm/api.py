@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
+
+IN_PLACE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
 
 
 @torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
@@ -20,6 +23,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Batch norm with statistics over the rows, that is over the active pixels of the batch only (paper, section 3.1).
 
@@ -28,6 +32,7 @@ def batch_norm(
         running_mean, running_var, weight, bias: (C,) or None, as in torch.nn.functional.batch_norm; in training the
             running statistics are updated in place, the variance unbiased.
         activation: "relu" or "relu6" of the result, which costs nothing here; None for none.
+        residual: (N, C), the features' dtype, added before the activation; None for none.
 
     Returns:
         (N, C), the features' dtype.
@@ -51,9 +56,13 @@ def batch_norm(
         raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6'; got {activation!r}")
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     _check_vectors("batch_norm", features, vectors)
-    run = backend.select("norm", features.device)
-    settings = bool(training), float(momentum), float(eps), activation
-    return BatchNormFunction.apply(features, weight, bias, (running_mean, running_var), settings, run)
+    checks.check_like("batch_norm", "residual", residual, features, tuple(features.shape))
+    run = backend.select("norm", features.device, features.dtype, features)
+    running, settings = (running_mean, running_var), (bool(training), float(momentum), float(eps))
+    if residual is None or hasattr(run, "FUSES_RESIDUAL"):
+        return BatchNormFunction.apply(features, weight, bias, residual, running, (*settings, activation), run)
+    out = BatchNormFunction.apply(features, weight, bias, None, running, (*settings, None), run)
+    return IN_PLACE[activation](out.add_(residual))
 
 
 def batch_norm_dense(
@@ -66,19 +75,27 @@ def batch_norm_dense(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`batch_norm` of dense maps (B, C, H, W), whose channels-last pixels are rows; returns (B, C, H, W), channels
     last. Arguments and errors as for `batch_norm`.
 
     Raises:
-        ValueError: `images` are not (B, C, H, W).
+        ValueError: `images` are not (B, C, H, W), or `residual` has another shape.
     """
     if images.dim() != 4:
         raise ValueError(f"batch_norm_dense: images must be (B, C, H, W); got shape {tuple(images.shape)}")
+    if residual is not None and residual.shape != images.shape:
+        raise ValueError(
+            f"batch_norm_dense: residual {tuple(residual.shape)} must have the images' shape {tuple(images.shape)}"
+        )
     rows = images.permute(0, 2, 3, 1)
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).reshape(-1, rows.shape[3])
     out = batch_norm(
-        rows.reshape(-1, rows.shape[3]), running_mean, running_var, weight, bias, training, momentum, eps, activation
-    )
+        rows.reshape(-1, rows.shape[3]), running_mean, running_var, weight, bias, training, momentum, eps, activation,
+        residual,
+    )  # fmt: skip
     return out.view(rows.shape).permute(0, 3, 1, 2)
 
 
@@ -93,17 +110,21 @@ def layer_norm(
     """
     _check("layer_norm", features)
     _check_vectors("layer_norm", features, {"weight": weight, "bias": bias})
-    return LayerNormFunction.apply(features, weight, bias, float(eps), backend.select("norm", features.device))
+    run = backend.select("norm", features.device, features.dtype, features)
+    return LayerNormFunction.apply(features, weight, bias, float(eps), run)
 
 
 class BatchNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, bias, running, settings, run):
+    def forward(ctx, features, weight, bias, residual, running, settings, run):
         training, momentum, eps, activation = settings
         features = features.contiguous()
-        out, mean, rstd = run.batch_norm_forward(features, weight, bias, *running, training, momentum, eps, activation)
+        added = () if residual is None else (residual,)
+        out, mean, rstd = run.batch_norm_forward(
+            features, weight, bias, *running, training, momentum, eps, activation, *added
+        )
         # Neither the output nor what goes into the activation is kept: the backward computes it from the features.
-        ctx.save_for_backward(features, weight, bias, mean, rstd)
+        ctx.save_for_backward(features, weight, bias, mean, rstd, *(added if activation else ()))
         ctx.settings, ctx.run = (training, activation), run
         return out
 
@@ -111,8 +132,10 @@ class BatchNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved = ctx.saved_tensors
-        grads = ctx.run.batch_norm_backward(grad.contiguous(), *saved, *ctx.settings)
-        return *_wanted(ctx, grads, saved), None, None, None
+        grads = ctx.run.batch_norm_backward(grad.contiguous(), *saved[:5], *ctx.settings, *saved[5:])
+        if len(grads) == 3:
+            grads = (*grads, grad)  # of a residual without an activation
+        return *_wanted(ctx, grads, (*saved[:3], grad)), None, None, None
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -40,8 +40,10 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
     from spark_fast.ops.patch_loss import library  # which imports this module
 
     check_images(images, patches)
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    run = backend.select("patch_loss", prediction.device)
-    if images.requires_grad and torch.is_grad_enabled() and run.__name__.endswith(".cpu"):
-        run = library  # the kernel takes the images as the target only, and has no gradient of them
-    return run.forward(prediction.to(dtype), images.to(dtype), patches)
+    run = backend.select("patch_loss", prediction.device, prediction.dtype, prediction, images, patches)
+    if images.requires_grad and torch.is_grad_enabled() and run.__name__.endswith((".cpu", ".triton")):
+        run = library  # the kernels take the images as the target only, and have no gradient of them
+    if not hasattr(run, "READS_HALF"):
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        prediction, images = prediction.to(dtype), images.to(dtype)
+    return run.forward(prediction, images, patches)
