@@ -31,8 +31,8 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("triton", "library", "reference"),
         "*": ("library", "reference"),
     },
-    "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
-    "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "depthwise": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "*": ("reference",)},
+    "pool": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "*": ("reference",)},
     "norm": {"cpu": ("cpu", "library", "reference"), "*": ("library", "reference")},
     "densify": {
         "cpu": ("library", "reference"),

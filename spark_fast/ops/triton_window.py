@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spark_fast.ops.window import MASKED, OUTSIDE, Geometry
+from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window
 
 _MASKED = tl.constexpr(MASKED)
 _OUTSIDE = tl.constexpr(OUTSIDE)
@@ -52,15 +52,47 @@ def _along(at, k, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.cons
 
 
 @triton.jit
+def source_line(image, y, exists, tap, grid_h, grid_w, WINDOW: tl.constexpr):
+    """The source line that the query line y reads at the vertical tap `tap`.
+
+    Returns its first patch's place in grid_to_patch, its number inside the patches, and whether it exists.
+    """
+    source_y, has = _along(y, tap, WINDOW[5], WINDOW[7], WINDOW[9], WINDOW[11])
+    has = exists & has & (source_y < grid_h * WINDOW[2])
+    return (image * grid_h + source_y // WINDOW[2]) * grid_w, source_y % WINDOW[2], has
+
+
+@triton.jit
+def row_on_line(cell, line, exists, source_x, grid_to_patch, grid_w, WINDOW: tl.constexpr):
+    """The row (int32) of the pixel in column source_x of a line from `source_line`; MASKED or OUTSIDE where none."""
+    inside = exists & (source_x >= 0) & (source_x < grid_w * WINDOW[3])
+    patch = tl.load(grid_to_patch + cell + source_x // WINDOW[3], mask=inside, other=_OUTSIDE)
+    row = (patch * WINDOW[2] + line) * WINDOW[3] + source_x % WINDOW[3]
+    return tl.where(patch < 0, patch, row)
+
+
+@triton.jit
 def source_row(image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW: tl.constexpr):
     """The row (int32) that the query pixel (image, y, x) reads at `tap`; MASKED or OUTSIDE (both negative) where none.
 
     `tap` broadcasts against the pixels. grid_to_patch (B, grid_h, grid_w) int32 numbers the source's patches.
     """
-    source_y, has_y = _along(y, tap // WINDOW[4], WINDOW[5], WINDOW[7], WINDOW[9], WINDOW[11])
+    cell, line, has_y = source_line(image, y, exists, tap // WINDOW[4], grid_h, grid_w, WINDOW)
     source_x, has_x = _along(x, tap % WINDOW[4], WINDOW[6], WINDOW[8], WINDOW[10], WINDOW[11])
-    inside = exists & has_y & has_x & (source_y < grid_h * WINDOW[2]) & (source_x < grid_w * WINDOW[3])
-    cell = (image * grid_h + source_y // WINDOW[2]) * grid_w + source_x // WINDOW[3]
-    patch = tl.load(grid_to_patch + cell, mask=inside, other=_OUTSIDE)
-    row = (patch * WINDOW[2] + source_y % WINDOW[2]) * WINDOW[3] + source_x % WINDOW[3]
-    return tl.where(patch < 0, patch, row)
+    return row_on_line(cell, line, has_y & has_x, source_x, grid_to_patch, grid_w, WINDOW)
+
+
+def candidates(window: Window) -> tuple[int, int]:
+    """How many vertical and horizontal taps may exist for an input pixel, see `candidate`."""
+    kernel, stride, dilation = window.kernel, window.stride, window.dilation
+    return tuple(triton.cdiv(k, s if d == 1 else 1) for k, s, d in zip(kernel, stride, dilation, strict=True))
+
+
+@triton.jit
+def candidate(at, number, AXIS: tl.constexpr, WINDOW: tl.constexpr):
+    """The number-th tap through which an output may have read the input coordinate `at`: transposed, of taps without
+    dilation only every stride-th exists. It may lie beyond the kernel. AXIS: 0 vertical, 1 horizontal."""
+    tap = number
+    if WINDOW[9 + AXIS] == 1:
+        tap = (at + WINDOW[7 + AXIS]) % WINDOW[5 + AXIS] + number * WINDOW[5 + AXIS]
+    return tap

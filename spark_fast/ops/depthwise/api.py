@@ -24,7 +24,7 @@ def depthwise_conv2d(
     Returns:
         rows (geometry.rows_out, C).
     """
-    run = backend.select("depthwise", features.device)
+    run = backend.select("depthwise", features.device, features.dtype, features, weight, geometry)
     return DepthwiseFunction.apply(features, weight, bias, geometry, run)
 
 

@@ -40,7 +40,7 @@ def max_pool2d(
     if window.taps > torch.iinfo(torch.int16).max:
         raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {window.kernel}")
     geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
-    run = backend.select("pool", features.device)
+    run = backend.select("pool", features.device, features.dtype, features, geometry)
     return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
 
 

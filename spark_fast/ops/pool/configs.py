@@ -1,0 +1,12 @@
+"""Tile sizes that the Triton max pooling may run with; all are compiled and checked for spills by the tests."""
+
+from __future__ import annotations
+
+from spark_fast.ops.tuning import Config
+
+TILES: list[Config] = [
+    {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_R": 16, "BLOCK_C": 128, "num_warps": 4},
+    {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_R": 64, "BLOCK_C": 16, "num_warps": 4},
+]
