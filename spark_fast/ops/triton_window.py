@@ -63,12 +63,12 @@ def source_line(image, y, exists, tap, grid_h, grid_w, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def row_on_line(cell, line, exists, source_x, grid_to_patch, grid_w, WINDOW: tl.constexpr):
-    """The row (int32) of the pixel in column source_x of a line from `source_line`; MASKED or OUTSIDE where none."""
-    inside = exists & (source_x >= 0) & (source_x < grid_w * WINDOW[3])
-    patch = tl.load(grid_to_patch + cell + source_x // WINDOW[3], mask=inside, other=_OUTSIDE)
-    row = (patch * WINDOW[2] + line) * WINDOW[3] + source_x % WINDOW[3]
-    return tl.where(patch < 0, patch, row)
+def line_start(cell, line, exists, patch_x, grid_to_patch, grid_w, WINDOW: tl.constexpr):
+    """The row (int32) of the first pixel of a line from `source_line` in the patch of grid column patch_x; MASKED or
+    OUTSIDE (both negative) where none."""
+    inside = exists & (patch_x >= 0) & (patch_x < grid_w)
+    patch = tl.load(grid_to_patch + cell + patch_x, mask=inside, other=_OUTSIDE)
+    return tl.where(patch < 0, patch, (patch * WINDOW[2] + line) * WINDOW[3])
 
 
 @triton.jit
@@ -79,7 +79,8 @@ def source_row(image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW: 
     """
     cell, line, has_y = source_line(image, y, exists, tap // WINDOW[4], grid_h, grid_w, WINDOW)
     source_x, has_x = _along(x, tap % WINDOW[4], WINDOW[6], WINDOW[8], WINDOW[10], WINDOW[11])
-    return row_on_line(cell, line, has_y & has_x, source_x, grid_to_patch, grid_w, WINDOW)
+    start = line_start(cell, line, has_y & has_x, source_x // WINDOW[3], grid_to_patch, grid_w, WINDOW)
+    return tl.where(start < 0, start, start + source_x % WINDOW[3])
 
 
 def candidates(window: Window) -> tuple[int, int]:
@@ -90,9 +91,23 @@ def candidates(window: Window) -> tuple[int, int]:
 
 @triton.jit
 def candidate(at, number, AXIS: tl.constexpr, WINDOW: tl.constexpr):
-    """The number-th tap through which an output may have read the input coordinate `at`: transposed, of taps without
-    dilation only every stride-th exists. It may lie beyond the kernel. AXIS: 0 vertical, 1 horizontal."""
+    """The number-th tap through which an output may have read the input coordinate `at`: transposed, only every
+    stride-th tap exists where there is no dilation. It may lie beyond the kernel. AXIS: 0 vertical, 1 horizontal."""
     tap = number
-    if WINDOW[9 + AXIS] == 1:
+    if WINDOW[5 + AXIS] > 1 and WINDOW[9 + AXIS] == 1:
         tap = (at + WINDOW[7 + AXIS]) % WINDOW[5 + AXIS] + number * WINDOW[5 + AXIS]
     return tap
+
+
+@triton.jit
+def candidate_row(
+    image, y, x, exists, number, grid_to_patch, grid_h, grid_w, KERNEL_H: tl.constexpr, HORIZONTAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The number-th of all vertical x HORIZONTAL candidates of the input pixel (image, y, x): its tap, and the row read
+    there as `source_row` gives it."""
+    tap_y = candidate(y, number // HORIZONTAL, 0, WINDOW)
+    tap_x = candidate(x, number % HORIZONTAL, 1, WINDOW)
+    tap = tap_y * WINDOW[4] + tap_x
+    has = exists & (tap_y < KERNEL_H) & (tap_x < WINDOW[4])
+    return tap, source_row(image, y, x, has, tap, grid_to_patch, grid_h, grid_w, WINDOW)

@@ -1,11 +1,13 @@
 """Triton kernels of the depthwise convolution, without atomics.
 
-Runs of pixels of a patch's line are computed together (`gather_lines`): each source column is loaded once for all taps
-and pixels that read it. What no run fits goes row by row (`gather_rows`). Both serve forward and grad-input (the
-transposed gather). The weight's gradient goes by runs too (`product_lines`), in parts that are added in order.
+Runs of pixels of a patch's line are computed together: each source column is loaded once for all taps and pixels that
+read it. `gather_lines` serves forward and grad-input (the transposed gather), `product_lines` the weight's gradient, in
+parts that are added in order. Where a transposed stride fits no run, `gather_rows` goes row by row.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +17,15 @@ from spark_fast.ops import tuning
 from spark_fast.ops.depthwise import configs
 from spark_fast.ops.triton_launch import launch, unavailable  # noqa: F401  (asked by ops.backend)
 from spark_fast.ops.triton_window import (
-    candidate, candidates, place, row_on_line, source_line, source_row, window_constant,
-)  # fmt: skip
-from spark_fast.ops.window import Geometry, Window
+    candidate,
+    candidate_row,
+    candidates,
+    line_start,
+    place,
+    source_line,
+    window_constant,
+)
+from spark_fast.ops.window import Geometry
 
 MOST_PIXELS = 8  # of a run: their sums stay in registers
 MOST_TAPS = 8  # of a line that are taken at once: their weights (or sums) stay in registers
@@ -42,114 +50,131 @@ def grad_input(grad, weight, geometry: Geometry) -> torch.Tensor:
 
 def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch.Tensor:
     source = source.contiguous()
-    channels = source.shape[1]
-    taps = geometry.window.taps
+    channels, taps = source.shape[1], geometry.window.taps
     weight = weight.new_empty(taps, channels, dtype=torch.float32).copy_(weight.reshape(channels, taps).t())
+    bias = None if bias is None else bias.contiguous()
     query, reads = (geometry.source, geometry.query) if transposed else (geometry.query, geometry.source)
     rows = geometry.rows_in if transposed else geometry.rows_out
     window = window_constant(geometry, transposed)
-    pixels = run_length(window)
+    runs = runs_of(geometry, transposed)
+    kernel_h, (vertical, horizontal) = geometry.window.kernel[0], candidates(geometry.window)
     tables = query.coords, reads.grid_to_patch
-    bias = None if bias is None else bias.contiguous()
 
     def run(config):
         out = source.new_empty(rows, channels)
         blocks = triton.cdiv(channels, config["BLOCK_C"])
-        if pixels == 1:
+        if runs is None:
             launch(
-                gather_rows, (triton.cdiv(rows, config["BLOCK_R"]) * blocks,), source, weight, bias, out, *tables,
-                rows, *reads.grid, CHANNELS=channels, TAPS=taps, WINDOW=window, **config,
+                gather_rows, (triton.cdiv(rows, config["BLOCK_R"]) * blocks,), source, weight, out, *tables, rows,
+                *reads.grid, CHANNELS=channels, KERNEL_H=kernel_h, VERTICAL=vertical, HORIZONTAL=horizontal,
+                WINDOW=window, **config,
             )  # fmt: skip
         else:
-            first, columns, chunk, uses = columns_of_run(geometry.window, pixels, transposed)
-            lines = candidates(geometry.window)[0] if transposed else geometry.window.kernel[0]
-            runs = rows // pixels
+            count = rows // runs["PIXELS"]
             launch(
-                gather_lines, (triton.cdiv(runs, config["BLOCK_R"]) * blocks,), source, weight, bias, out, *tables,
-                runs, *reads.grid, CHANNELS=channels, KERNEL_H=geometry.window.kernel[0], LINES=lines, PIXELS=pixels,
-                FIRST=first, COLUMNS=columns, CHUNK=chunk, USES=uses, WINDOW=window, **config,
+                gather_lines, (triton.cdiv(count, config["BLOCK_R"]) * blocks,), source, weight, bias, out, *tables,
+                count, *reads.grid, CHANNELS=channels, KERNEL_H=kernel_h, LINES=vertical if transposed else kernel_h,
+                WINDOW=window, **runs, **config,
             )  # fmt: skip
         return out
 
-    name, choices = ("depthwise.rows", configs.ROWS) if pixels == 1 else ("depthwise.lines", configs.LINES)
+    name = "depthwise.rows" if runs is None else "depthwise.lines"
     case = (source.dtype, channels, taps, *window)
-    return tuning.run(name, case, rows, choices, _fitting(choices, channels), run, source.device)
+    return tuning.run(name, case, rows, configs.TILES, _default(channels), run, source.device)
 
 
 def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
     grad, features = grad.contiguous(), features.contiguous()
-    channels, taps = features.shape[1], geometry.window.taps
+    channels, taps, rows = features.shape[1], geometry.window.taps, geometry.rows_out
     window = window_constant(geometry)
-    pixels = max(p for p in range(1, MOST_PIXELS + 1) if window[1] % p == 0)
-    first, columns, chunk, uses = columns_of_run(geometry.window, pixels, transposed=False)
-    runs = geometry.rows_out // pixels
-    steps = geometry.window.kernel[0] * triton.cdiv(geometry.window.kernel[1], chunk)
+    runs = runs_of(geometry, transposed=False)
+    count = rows // runs["PIXELS"]
+    steps = geometry.window.kernel[0] * triton.cdiv(geometry.window.kernel[1], runs["CHUNK"])
+    groups = triton.cdiv(steps, MOST_STEPS)
 
     def run(config):
         blocks, block = triton.cdiv(channels, config["BLOCK_C"]), config["BLOCK_R"]
-        groups = triton.cdiv(steps, MOST_STEPS)
-        parts = max(1, min(triton.cdiv(PROGRAMS, groups * blocks), triton.cdiv(runs, LEAST_PART)))
-        part_runs = triton.cdiv(triton.cdiv(runs, parts), block) * block
+        parts = max(1, min(triton.cdiv(PROGRAMS, groups * blocks), triton.cdiv(count, LEAST_PART)))
+        part_runs = triton.cdiv(triton.cdiv(count, parts), block) * block
         sums = features.new_empty(parts, taps, channels, dtype=torch.float32)
         launch(
             product_lines, (groups * blocks, parts), features, grad, sums, geometry.query.coords,
-            geometry.source.grid_to_patch, runs, part_runs, *geometry.source.grid, CHANNELS=channels, STEPS=steps,
-            GROUP_STEPS=triton.cdiv(steps, groups), PIXELS=pixels, FIRST=first, COLUMNS=columns, CHUNK=chunk,
-            USES=uses, TAPS=taps, WINDOW=window, **config,
+            geometry.source.grid_to_patch, count, part_runs, *geometry.source.grid, CHANNELS=channels, TAPS=taps,
+            STEPS=steps, GROUP_STEPS=triton.cdiv(steps, groups), WINDOW=window, **runs, **config,
         )  # fmt: skip
         total = sums[0] if parts == 1 else sums.sum(0)  # (taps, C), in a fixed order
         return total.t().reshape(weight.shape).to(weight.dtype)
 
     case = (features.dtype, channels, taps, *window)
-    default = _fitting(configs.WEIGHT, channels)
-    return tuning.run("depthwise.product", case, geometry.rows_out, configs.WEIGHT, default, run, features.device)
+    return tuning.run("depthwise.product", case, rows, configs.TILES, _default(channels), run, features.device)
 
 
-def _fitting(choices, channels: int):
-    """The first choice that computes fewest channels in vain."""
-    return min(choices, key=lambda config: triton.cdiv(channels, config["BLOCK_C"]) * config["BLOCK_C"])
+def _default(channels: int) -> tuning.Config:
+    """The first one that computes fewest channels in vain."""
+    return min(configs.TILES, key=lambda config: triton.cdiv(channels, config["BLOCK_C"]) * config["BLOCK_C"])
 
 
-def run_length(window: tuple[int, ...]) -> int:
-    """Pixels of a run: a divisor of the query patch's width and, transposed, a multiple of the stride (then all runs
-    read the same columns relative to their first pixel); 1 if there is none."""
-    step = window[6] if window[11] else 1
-    return max((p for p in range(1, MOST_PIXELS + 1) if window[1] % p == 0 and p % step == 0), default=1)
+def runs_of(geometry: Geometry, transposed: bool) -> dict[str, Any] | None:
+    """How the query's lines are cut into runs and which source columns a run reads, as constants of the kernels.
 
-
-def columns_of_run(window: Window, pixels: int, transposed: bool) -> tuple[int, int, int, tuple[int, ...]]:
-    """Which source columns a run of query pixels reads through a line of taps, or a chunk of one.
+    Transposed, a run must begin at a multiple of the stride, so that all runs read columns of one pattern; None if the
+    patches do not allow that.
 
     Returns:
-        first: the first column, relative to the one that the run's first pixel reads at tap 0 without padding.
-        columns: their number.
-        chunk: taps taken at once.
-        uses: the tap of the chunk through which column c serves pixel p, at [c * pixels + p]; -1 if none.
+        PIXELS: of a run; it divides the query patch's width.
+        CHUNK: taps of a line that are taken at once.
+        FIRST, COLUMNS: the first source column that a run reads through a chunk, and their number. Columns are counted
+            from the one that the run's first pixel reads at the chunk's first tap, without padding.
+        USES: the tap of the chunk through which column c serves pixel p, at [c * PIXELS + p]; -1 if none.
+        ALIGNED: a run is a whole line of a patch, and a chunk a whole line of taps, so that a column has the same place
+            in a patch for all runs.
     """
+    window = geometry.window
     kernel, stride, padding, dilation = (v[1] for v in (window.kernel, window.stride, window.padding, window.dilation))
-    chunk = triton.cdiv(kernel, triton.cdiv(kernel, MOST_TAPS))
-    if transposed:
-        chunk = triton.cdiv(chunk, stride) * stride  # so that a chunk moves the columns by whole ones
-        served = {(p, k): p + padding - k * dilation for p in range(pixels) for k in range(chunk)}
-        served = {pair: scaled // stride for pair, scaled in served.items() if scaled % stride == 0}
-    else:
-        served = {(p, k): p * stride - padding + k * dilation for p in range(pixels) for k in range(chunk)}
+    small, large = geometry.patch_out[1], geometry.patch_in[1]
+    query, step = (large, stride) if transposed else (small, 1)
+    aligned = large == small * stride and query <= MOST_PIXELS and kernel <= MOST_TAPS
+    most = MOST_PIXELS if aligned else MOST_PIXELS // 2  # where columns move within patches, addresses need registers
+    pixels = max((p for p in range(step, most + 1, step) if query % p == 0), default=None)
+    if pixels is None:
+        return None
+    chunks = triton.cdiv(kernel, MOST_TAPS)
+    chunk = triton.cdiv(kernel, chunks * step) * step  # transposed: a chunk moves the columns by whole ones
+    served = {}  # (pixel, tap) -> column
+    for pixel in range(pixels):
+        for tap in range(chunk):
+            if not transposed:
+                served[pixel, tap] = pixel * stride + tap * dilation - padding
+            elif (pixel + padding - tap * dilation) % stride == 0:
+                served[pixel, tap] = (pixel + padding - tap * dilation) // stride
     first = min(served.values(), default=0)
     columns = max(served.values(), default=-1) - first + 1
     uses = [-1] * (columns * pixels)
-    for (p, k), column in served.items():
-        uses[(column - first) * pixels + p] = k
-    return first, columns, chunk, tuple(uses)
+    for (pixel, tap), column in served.items():
+        uses[(column - first) * pixels + pixel] = tap
+    return dict(PIXELS=pixels, CHUNK=chunk, FIRST=first, COLUMNS=columns, USES=tuple(uses), ALIGNED=aligned)
 
 
 @triton.jit
-def _first_column(x, tap, WINDOW: tl.constexpr):
-    """The source column that a run's first pixel, in column x, reads at `tap`, without padding."""
-    if WINDOW[11]:
-        column = (x - tap * WINDOW[10]) // WINDOW[6]
+def _column(
+    source, cell, line, exists, x, tap, channel, grid_to_patch, grid_w, NUMBER: tl.constexpr,
+    ALIGNED: tl.constexpr, CHANNELS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """float32 (runs, channels): the source column NUMBER (counted as in `runs_of`) of the runs that begin at x, on the
+    lines from `source_line`, for the chunk of taps that begins at `tap`; 0 where there is none.
+    """
+    if ALIGNED:
+        start = line_start(cell, line, exists, x // WINDOW[1] + NUMBER // WINDOW[3], grid_to_patch, grid_w, WINDOW)
+        offset = NUMBER % WINDOW[3]
     else:
-        column = x * WINDOW[6] + tap * WINDOW[10]
-    return column
+        if WINDOW[11]:
+            column = (x - tap * WINDOW[10]) // WINDOW[6] + NUMBER
+        else:
+            column = x * WINDOW[6] + tap * WINDOW[10] + NUMBER
+        start = line_start(cell, line, exists & (column >= 0), column // WINDOW[3], grid_to_patch, grid_w, WINDOW)
+        offset = column % WINDOW[3]
+    at = start.to(tl.int64) * CHANNELS + channel + offset * CHANNELS
+    return tl.load(source + at, mask=(start >= 0) & (channel < CHANNELS), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["runs"])
@@ -171,6 +196,7 @@ def gather_lines(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     USES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -178,7 +204,7 @@ def gather_lines(
     """out[r] = bias + sum over taps t of source[row that r reads at t] * weight[t], for runs of PIXELS rows.
 
     source (source rows, CHANNELS), weight (taps, CHANNELS) float32, bias (CHANNELS,) or None, out (runs * PIXELS,
-    CHANNELS). LINES lines of taps may exist for a pixel. FIRST, COLUMNS, CHUNK, USES: see `columns_of_run`.
+    CHANNELS). LINES lines of taps may exist for a pixel. FIRST, COLUMNS, CHUNK, USES: see `runs_of`.
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     chunks: tl.constexpr = (WINDOW[4] + CHUNK - 1) // CHUNK
@@ -205,11 +231,11 @@ def gather_lines(
             is_tap = (tap_y < KERNEL_H) & (tap_x + k < WINDOW[4])
             at = (tap_y * WINDOW[4] + tap_x + k) * CHANNELS + channel
             weights = weights + (tl.load(weight + at, mask=is_tap & has, other=0.0),)
-        column = _first_column(x, tap_x, WINDOW) + FIRST
         for c in tl.static_range(COLUMNS):
-            read = row_on_line(cell, line, has_line, column + c, grid_to_patch, grid_w, WINDOW)
-            at = read.to(tl.int64) * CHANNELS + channel
-            value = tl.load(source + at, mask=(read >= 0) & has, other=0.0).to(tl.float32)
+            value = _column(
+                source, cell, line, has_line, x, tap_x, channel, grid_to_patch, grid_w, FIRST + c, ALIGNED, CHANNELS,
+                WINDOW,
+            )  # fmt: skip
             for p in tl.static_range(PIXELS):
                 if USES[c * PIXELS + p] >= 0:
                     product = value * weights[USES[c * PIXELS + p]]
@@ -224,9 +250,8 @@ def gather_lines(
 
 @triton.jit(do_not_specialize=["rows"])
 def gather_rows(
-    source,
+    grad,
     weight,
-    bias,
     out,
     coords,
     grid_to_patch,
@@ -234,42 +259,34 @@ def gather_rows(
     grid_h,
     grid_w,
     CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    VERTICAL: tl.constexpr,
+    HORIZONTAL: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out[r] = bias + sum over taps t of source[row that r reads at t] * weight[t], shapes as in `gather_lines`.
+    """out[r] = sum over taps t of grad[output row that reads r at t] * weight[t].
 
-    A program with one row only (BLOCK_R = 1) jumps over the taps that the row does not have.
+    grad (output rows, CHANNELS), weight (taps, CHANNELS) float32, out (rows, CHANNELS). VERTICAL x HORIZONTAL taps may
+    exist for a pixel.
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    row = tl.program_id(0) // blocks_c * BLOCK_R
-    if BLOCK_R > 1:
-        row = (row + tl.arange(0, BLOCK_R))[:, None]
+    row = (tl.program_id(0) // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     channel = (tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     exists = row < rows
     has = channel < CHANNELS
     image, y, x = place(row, exists, coords, WINDOW)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    if bias is not None:
-        sums += tl.load(bias + channel, mask=has, other=0.0).to(tl.float32)
-    for tap in range(TAPS):
-        read = source_row(image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW)
-        if BLOCK_R > 1:
-            sums += _product(source, weight, read, tap, channel, CHANNELS)
-        elif read >= 0:
-            sums += _product(source, weight, read, tap, channel, CHANNELS)
-    to = row.to(tl.int64) * CHANNELS + channel
-    tl.store(out + to, sums.to(out.dtype.element_ty), mask=exists & has)
-
-
-@triton.jit
-def _product(source, weight, read, tap, channel, CHANNELS: tl.constexpr):
-    has = channel < CHANNELS
-    at = read.to(tl.int64) * CHANNELS + channel
-    value = tl.load(source + at, mask=(read >= 0) & has, other=0.0).to(tl.float32)
-    return value * tl.load(weight + tap * CHANNELS + channel, mask=has, other=0.0)
+    for number in range(VERTICAL * HORIZONTAL):
+        tap, read = candidate_row(
+            image, y, x, exists, number, grid_to_patch, grid_h, grid_w, KERNEL_H, HORIZONTAL, WINDOW
+        )  # fmt: skip
+        at = read.to(tl.int64) * CHANNELS + channel
+        reads = (read >= 0) & has
+        value = tl.load(grad + at, mask=reads, other=0.0).to(tl.float32)
+        sums += value * tl.load(weight + tap * CHANNELS + channel, mask=reads, other=0.0)
+    tl.store(out + row.to(tl.int64) * CHANNELS + channel, sums.to(out.dtype.element_ty), mask=exists & has)
 
 
 @triton.jit(do_not_specialize=["runs", "part_runs"])
@@ -291,6 +308,7 @@ def product_lines(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     USES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TAPS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -300,7 +318,7 @@ def product_lines(
 
     source (source rows, CHANNELS), grad (runs * PIXELS, CHANNELS), out (parts, TAPS, CHANNELS) float32. Grid: (groups
     of steps * blocks of channels, parts); a step is a line of taps or a chunk of one. FIRST, COLUMNS, CHUNK, USES: see
-    `columns_of_run`.
+    `runs_of`.
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     chunks: tl.constexpr = (WINDOW[4] + CHUNK - 1) // CHUNK
@@ -324,11 +342,11 @@ def product_lines(
             for p in tl.static_range(PIXELS):
                 at = (number * PIXELS + p).to(tl.int64) * CHANNELS + channel
                 grads = grads + (tl.load(grad + at, mask=exists & has, other=0.0).to(tl.float32),)
-            column = _first_column(x, tap_x, WINDOW) + FIRST
             for c in tl.static_range(COLUMNS):
-                read = row_on_line(cell, line, has_line, column + c, grid_to_patch, grid_w, WINDOW)
-                at = read.to(tl.int64) * CHANNELS + channel
-                value = tl.load(source + at, mask=(read >= 0) & has, other=0.0).to(tl.float32)
+                value = _column(
+                    source, cell, line, has_line, x, tap_x, channel, grid_to_patch, grid_w, FIRST + c, ALIGNED,
+                    CHANNELS, WINDOW,
+                )  # fmt: skip
                 for p in tl.static_range(PIXELS):
                     if USES[c * PIXELS + p] >= 0:
                         total = sums[USES[c * PIXELS + p]] + value * grads[p]

@@ -10,7 +10,7 @@ import triton.language as tl
 from spark_fast.ops import tuning
 from spark_fast.ops.pool import configs
 from spark_fast.ops.triton_launch import launch, unavailable  # noqa: F401  (asked by ops.backend)
-from spark_fast.ops.triton_window import candidate, candidates, place, source_row, window_constant
+from spark_fast.ops.triton_window import candidate_row, candidates, place, source_row, window_constant
 from spark_fast.ops.window import OUTSIDE, Geometry
 
 _OUTSIDE = tl.constexpr(OUTSIDE)
@@ -69,7 +69,22 @@ def _default(channels: int):
 
 
 @triton.jit
-def _greater(best, argmax, source, image, y, x, exists, tap, channel, grid_to_patch, grid_h, grid_w, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
+def _greater(
+    best,
+    argmax,
+    source,
+    image,
+    y,
+    x,
+    exists,
+    tap,
+    channel,
+    grid_to_patch,
+    grid_h,
+    grid_w,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """Maximum and its tap with one more tap: NaN wins, masked pixels are 0, pixels outside do not take part."""
     read = source_row(image, y, x, exists, tap, grid_to_patch, grid_h, grid_w, WINDOW)
     at = read.to(tl.int64) * CHANNELS + channel
@@ -123,13 +138,28 @@ def max_of_windows(
 
 
 @triton.jit
-def _add_if_chosen(sums, grad, argmax, image, y, x, exists, number, channel, grid_to_patch, grid_h, grid_w, CHANNELS: tl.constexpr, KERNEL_H: tl.constexpr, HORIZONTAL: tl.constexpr, WINDOW: tl.constexpr):
+def _add_if_chosen(
+    sums,
+    grad,
+    argmax,
+    image,
+    y,
+    x,
+    exists,
+    number,
+    channel,
+    grid_to_patch,
+    grid_h,
+    grid_w,
+    CHANNELS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    HORIZONTAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """`sums` and the gradient of the output that reads the pixel through its number-th tap, where that tap won."""
-    tap_y = candidate(y, number // HORIZONTAL, 0, WINDOW)
-    tap_x = candidate(x, number % HORIZONTAL, 1, WINDOW)
-    tap = tap_y * WINDOW[4] + tap_x
-    has = exists & (tap_y < KERNEL_H) & (tap_x < WINDOW[4])
-    read = source_row(image, y, x, has, tap, grid_to_patch, grid_h, grid_w, WINDOW)
+    tap, read = candidate_row(
+        image, y, x, exists, number, grid_to_patch, grid_h, grid_w, KERNEL_H, HORIZONTAL, WINDOW
+    )  # fmt: skip
     at = read.to(tl.int64) * CHANNELS + channel
     reads = (read >= 0) & (channel < CHANNELS)
     won = tl.load(argmax + at, mask=reads, other=-1) == tap
