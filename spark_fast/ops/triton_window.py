@@ -5,10 +5,15 @@ The arithmetic is that of `spark_fast.ops.window.axis_table`, done on the fly.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window
+
+MOST_PIXELS = 8  # of a run: their sums stay in registers
+MOST_TAPS = 8  # of a line that are taken at once: their weights (or sums) stay in registers
 
 _MASKED = tl.constexpr(MASKED)
 _OUTSIDE = tl.constexpr(OUTSIDE)
@@ -25,6 +30,50 @@ def window_constant(geometry: Geometry, transposed: bool = False) -> tuple[int, 
     if transposed:
         source, query = query, source
     return (*query, *source, window.kernel[1], *window.stride, *window.padding, *window.dilation, int(transposed))
+
+
+def runs_of(geometry: Geometry, transposed: bool, most_unaligned: int) -> dict[str, Any] | None:
+    """How the query's lines are cut into runs of pixels and which source columns a run reads, as constants of kernels.
+
+    Transposed, a run must begin at a multiple of the stride, so that all runs read columns in one pattern; None if the
+    patches do not allow that.
+
+    Args:
+        most_unaligned: pixels of a run that is not ALIGNED, at most; MOST_PIXELS of one that is.
+
+    Returns:
+        PIXELS: of a run; it divides the query patch's width.
+        CHUNK: taps of a line that are taken at once.
+        FIRST, COLUMNS: the first source column that a run reads through a chunk, and their number. Columns are counted
+            from the one that the run's first pixel reads at the chunk's first tap, without padding.
+        USES: the tap of the chunk through which column c serves pixel p, at [c * PIXELS + p]; -1 if none.
+        ALIGNED: a run is a whole line of a patch, and a chunk a whole line of taps, so that a column has the same place
+            in a patch for all runs.
+    """
+    window = geometry.window
+    kernel, stride, padding, dilation = (v[1] for v in (window.kernel, window.stride, window.padding, window.dilation))
+    small, large = geometry.patch_out[1], geometry.patch_in[1]
+    query, step = (large, stride) if transposed else (small, 1)
+    aligned = large == small * stride and query <= MOST_PIXELS and kernel <= MOST_TAPS
+    most = MOST_PIXELS if aligned else most_unaligned
+    pixels = max((p for p in range(step, most + 1, step) if query % p == 0), default=None)
+    if pixels is None:
+        return None
+    chunks = triton.cdiv(kernel, MOST_TAPS)
+    chunk = triton.cdiv(kernel, chunks * step) * step  # transposed: a chunk moves the columns by whole ones
+    served = {}  # (pixel, tap) -> column
+    for pixel in range(pixels):
+        for tap in range(chunk):
+            if not transposed:
+                served[pixel, tap] = pixel * stride + tap * dilation - padding
+            elif (pixel + padding - tap * dilation) % stride == 0:
+                served[pixel, tap] = (pixel + padding - tap * dilation) // stride
+    first = min(served.values(), default=0)
+    columns = max(served.values(), default=-1) - first + 1
+    uses = [-1] * (columns * pixels)
+    for (pixel, tap), column in served.items():
+        uses[(column - first) * pixels + pixel] = tap
+    return dict(PIXELS=pixels, CHUNK=chunk, FIRST=first, COLUMNS=columns, USES=tuple(uses), ALIGNED=aligned)
 
 
 @triton.jit
@@ -69,6 +118,26 @@ def line_start(cell, line, exists, patch_x, grid_to_patch, grid_w, WINDOW: tl.co
     inside = exists & (patch_x >= 0) & (patch_x < grid_w)
     patch = tl.load(grid_to_patch + cell + patch_x, mask=inside, other=_OUTSIDE)
     return tl.where(patch < 0, patch, (patch * WINDOW[2] + line) * WINDOW[3])
+
+
+@triton.jit
+def column_start(
+    cell, line, exists, x, tap, grid_to_patch, grid_w, NUMBER: tl.constexpr, ALIGNED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Where the source column NUMBER (counted as in `runs_of`) lies for the runs that begin at x, for the chunk of taps
+    that begins at `tap`: the row from `line_start`, and the pixels from there."""
+    if ALIGNED:
+        start = line_start(cell, line, exists, x // WINDOW[1] + NUMBER // WINDOW[3], grid_to_patch, grid_w, WINDOW)
+        offset = NUMBER % WINDOW[3]
+    else:
+        if WINDOW[11]:
+            column = (x - tap * WINDOW[10]) // WINDOW[6] + NUMBER
+        else:
+            column = x * WINDOW[6] + tap * WINDOW[10] + NUMBER
+        start = line_start(cell, line, exists & (column >= 0), column // WINDOW[3], grid_to_patch, grid_w, WINDOW)
+        offset = column % WINDOW[3]
+    return start, offset
 
 
 @triton.jit

@@ -7,28 +7,26 @@ parts that are added in order. Where a transposed stride fits no run, `gather_ro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from spark_fast.ops import tuning
 from spark_fast.ops.depthwise import configs
-from spark_fast.ops.triton_launch import launch, unavailable  # noqa: F401  (asked by ops.backend)
+from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (asked by ops.backend)
 from spark_fast.ops.triton_window import (
     candidate,
     candidate_row,
     candidates,
-    line_start,
+    column_start,
     place,
+    runs_of,
     source_line,
     window_constant,
 )
 from spark_fast.ops.window import Geometry
 
-MOST_PIXELS = 8  # of a run: their sums stay in registers
-MOST_TAPS = 8  # of a line that are taken at once: their weights (or sums) stay in registers
+MOST_UNALIGNED = 4  # pixels of a run whose columns move within patches: their addresses need registers too
 PROGRAMS = 1024  # of a weight gradient: enough to fill any GPU; a fixed number, so that sums do not depend on the GPU
 MOST_STEPS = 8  # lines of taps per program of a weight gradient: how large its partial sums get
 LEAST_PART = 64  # runs
@@ -49,14 +47,13 @@ def grad_input(grad, weight, geometry: Geometry) -> torch.Tensor:
 
 
 def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch.Tensor:
-    source = source.contiguous()
+    source, bias = packed(source, bias)
     channels, taps = source.shape[1], geometry.window.taps
     weight = weight.new_empty(taps, channels, dtype=torch.float32).copy_(weight.reshape(channels, taps).t())
-    bias = None if bias is None else bias.contiguous()
     query, reads = (geometry.source, geometry.query) if transposed else (geometry.query, geometry.source)
     rows = geometry.rows_in if transposed else geometry.rows_out
     window = window_constant(geometry, transposed)
-    runs = runs_of(geometry, transposed)
+    runs = runs_of(geometry, transposed, MOST_UNALIGNED)
     kernel_h, (vertical, horizontal) = geometry.window.kernel[0], candidates(geometry.window)
     tables = query.coords, reads.grid_to_patch
 
@@ -84,10 +81,10 @@ def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch
 
 
 def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
-    grad, features = grad.contiguous(), features.contiguous()
+    grad, features = packed(grad, features)
     channels, taps, rows = features.shape[1], geometry.window.taps, geometry.rows_out
     window = window_constant(geometry)
-    runs = runs_of(geometry, transposed=False)
+    runs = runs_of(geometry, False, MOST_UNALIGNED)
     count = rows // runs["PIXELS"]
     steps = geometry.window.kernel[0] * triton.cdiv(geometry.window.kernel[1], runs["CHUNK"])
     groups = triton.cdiv(steps, MOST_STEPS)
@@ -112,69 +109,6 @@ def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
 def _default(channels: int) -> tuning.Config:
     """The first one that computes fewest channels in vain."""
     return min(configs.TILES, key=lambda config: triton.cdiv(channels, config["BLOCK_C"]) * config["BLOCK_C"])
-
-
-def runs_of(geometry: Geometry, transposed: bool) -> dict[str, Any] | None:
-    """How the query's lines are cut into runs and which source columns a run reads, as constants of the kernels.
-
-    Transposed, a run must begin at a multiple of the stride, so that all runs read columns of one pattern; None if the
-    patches do not allow that.
-
-    Returns:
-        PIXELS: of a run; it divides the query patch's width.
-        CHUNK: taps of a line that are taken at once.
-        FIRST, COLUMNS: the first source column that a run reads through a chunk, and their number. Columns are counted
-            from the one that the run's first pixel reads at the chunk's first tap, without padding.
-        USES: the tap of the chunk through which column c serves pixel p, at [c * PIXELS + p]; -1 if none.
-        ALIGNED: a run is a whole line of a patch, and a chunk a whole line of taps, so that a column has the same place
-            in a patch for all runs.
-    """
-    window = geometry.window
-    kernel, stride, padding, dilation = (v[1] for v in (window.kernel, window.stride, window.padding, window.dilation))
-    small, large = geometry.patch_out[1], geometry.patch_in[1]
-    query, step = (large, stride) if transposed else (small, 1)
-    aligned = large == small * stride and query <= MOST_PIXELS and kernel <= MOST_TAPS
-    most = MOST_PIXELS if aligned else MOST_PIXELS // 2  # where columns move within patches, addresses need registers
-    pixels = max((p for p in range(step, most + 1, step) if query % p == 0), default=None)
-    if pixels is None:
-        return None
-    chunks = triton.cdiv(kernel, MOST_TAPS)
-    chunk = triton.cdiv(kernel, chunks * step) * step  # transposed: a chunk moves the columns by whole ones
-    served = {}  # (pixel, tap) -> column
-    for pixel in range(pixels):
-        for tap in range(chunk):
-            if not transposed:
-                served[pixel, tap] = pixel * stride + tap * dilation - padding
-            elif (pixel + padding - tap * dilation) % stride == 0:
-                served[pixel, tap] = (pixel + padding - tap * dilation) // stride
-    first = min(served.values(), default=0)
-    columns = max(served.values(), default=-1) - first + 1
-    uses = [-1] * (columns * pixels)
-    for (pixel, tap), column in served.items():
-        uses[(column - first) * pixels + pixel] = tap
-    return dict(PIXELS=pixels, CHUNK=chunk, FIRST=first, COLUMNS=columns, USES=tuple(uses), ALIGNED=aligned)
-
-
-@triton.jit
-def _column(
-    source, cell, line, exists, x, tap, channel, grid_to_patch, grid_w, NUMBER: tl.constexpr,
-    ALIGNED: tl.constexpr, CHANNELS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """float32 (runs, channels): the source column NUMBER (counted as in `runs_of`) of the runs that begin at x, on the
-    lines from `source_line`, for the chunk of taps that begins at `tap`; 0 where there is none.
-    """
-    if ALIGNED:
-        start = line_start(cell, line, exists, x // WINDOW[1] + NUMBER // WINDOW[3], grid_to_patch, grid_w, WINDOW)
-        offset = NUMBER % WINDOW[3]
-    else:
-        if WINDOW[11]:
-            column = (x - tap * WINDOW[10]) // WINDOW[6] + NUMBER
-        else:
-            column = x * WINDOW[6] + tap * WINDOW[10] + NUMBER
-        start = line_start(cell, line, exists & (column >= 0), column // WINDOW[3], grid_to_patch, grid_w, WINDOW)
-        offset = column % WINDOW[3]
-    at = start.to(tl.int64) * CHANNELS + channel + offset * CHANNELS
-    return tl.load(source + at, mask=(start >= 0) & (channel < CHANNELS), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["runs"])
@@ -213,12 +147,12 @@ def gather_lines(
     exists = number < runs
     has = channel < CHANNELS
     image, y, x = place(number * PIXELS, exists, coords, WINDOW)
-    start = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    none = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     if bias is not None:
-        start += tl.load(bias + channel, mask=has, other=0.0).to(tl.float32)
+        none += tl.load(bias + channel, mask=has, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(PIXELS):
-        sums = sums + (start,)
+        sums = sums + (none,)
 
     for step in range(LINES * chunks):
         tap_y = step // chunks
@@ -232,10 +166,11 @@ def gather_lines(
             at = (tap_y * WINDOW[4] + tap_x + k) * CHANNELS + channel
             weights = weights + (tl.load(weight + at, mask=is_tap & has, other=0.0),)
         for c in tl.static_range(COLUMNS):
-            value = _column(
-                source, cell, line, has_line, x, tap_x, channel, grid_to_patch, grid_w, FIRST + c, ALIGNED, CHANNELS,
-                WINDOW,
+            start, offset = column_start(
+                cell, line, has_line, x, tap_x, grid_to_patch, grid_w, FIRST + c, ALIGNED, WINDOW
             )  # fmt: skip
+            at = start.to(tl.int64) * CHANNELS + channel + offset * CHANNELS
+            value = tl.load(source + at, mask=(start >= 0) & has, other=0.0).to(tl.float32)
             for p in tl.static_range(PIXELS):
                 if USES[c * PIXELS + p] >= 0:
                     product = value * weights[USES[c * PIXELS + p]]
@@ -333,8 +268,8 @@ def product_lines(
         sums = ()
         for _ in tl.static_range(CHUNK):
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
-        for start in range(0, part_runs, BLOCK_R):
-            number = (part * part_runs + start).to(tl.int32) + tl.arange(0, BLOCK_R)[:, None]
+        for done in range(0, part_runs, BLOCK_R):
+            number = (part * part_runs + done).to(tl.int32) + tl.arange(0, BLOCK_R)[:, None]
             exists = number < runs
             image, y, x = place(number * PIXELS, exists, coords, WINDOW)
             cell, line, has_line = source_line(image, y, exists, tap_y, grid_h, grid_w, WINDOW)
@@ -343,10 +278,11 @@ def product_lines(
                 at = (number * PIXELS + p).to(tl.int64) * CHANNELS + channel
                 grads = grads + (tl.load(grad + at, mask=exists & has, other=0.0).to(tl.float32),)
             for c in tl.static_range(COLUMNS):
-                value = _column(
-                    source, cell, line, has_line, x, tap_x, channel, grid_to_patch, grid_w, FIRST + c, ALIGNED,
-                    CHANNELS, WINDOW,
+                start, offset = column_start(
+                    cell, line, has_line, x, tap_x, grid_to_patch, grid_w, FIRST + c, ALIGNED, WINDOW
                 )  # fmt: skip
+                at = start.to(tl.int64) * CHANNELS + channel + offset * CHANNELS
+                value = tl.load(source + at, mask=(start >= 0) & has, other=0.0).to(tl.float32)
                 for p in tl.static_range(PIXELS):
                     if USES[c * PIXELS + p] >= 0:
                         total = sums[USES[c * PIXELS + p]] + value * grads[p]
