@@ -99,7 +99,7 @@ def window_of(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
 @pytest.mark.parametrize("name", TRITON_POOLS)
 def test_triton_max(name, dtype, some_patches, on_triton):
     with tuning.forced({"BLOCK_R": 64, "BLOCK_C": 8, "num_warps": 4}):  # few programs: the interpreter is slow
-        check_triton(name, dtype, sf.ActivePatches(some_patches.active.to(on_triton)), 9)
+        check_triton(name, dtype, sf.ActivePatches(some_patches.active.to(on_triton)), 7)
 
 
 @pytest.mark.parametrize("name", ["2x2", "3x3"])
@@ -110,9 +110,8 @@ def test_triton_max_on_any_mask(name, patches, on_triton):
 @pytest.mark.parametrize("number", range(len(configs.TILES)))
 def test_triton_max_in_every_configuration(number, some_patches, on_triton):
     with tuning.forced(configs.TILES[number]):
-        for name in ("3x3", "row by row"):
-            channels = 2 * configs.TILES[number]["BLOCK_C"] + 1
-            check_triton(name, torch.bfloat16, sf.ActivePatches(some_patches.active.to(on_triton)), channels)
+        channels = configs.TILES[number]["BLOCK_C"] + 1
+        check_triton("2x2", torch.bfloat16, sf.ActivePatches(some_patches.active.to(on_triton)), channels)
 
 
 def test_triton_max_of_nan_infinity_and_windows_outside(some_patches, on_triton):

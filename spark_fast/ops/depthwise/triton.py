@@ -77,7 +77,8 @@ def _gather(source, weight, bias, geometry: Geometry, transposed: bool) -> torch
 
     name = "depthwise.rows" if runs is None else "depthwise.lines"
     case = (source.dtype, channels, taps, *window)
-    return tuning.run(name, case, rows, configs.TILES, _default(channels), run, source.device)
+    choices = configs.GATHER
+    return tuning.run(name, case, rows, choices, _default(choices, channels), run, source.device)
 
 
 def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
@@ -103,12 +104,13 @@ def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
         return total.t().reshape(weight.shape).to(weight.dtype)
 
     case = (features.dtype, channels, taps, *window)
-    return tuning.run("depthwise.product", case, rows, configs.TILES, _default(channels), run, features.device)
+    choices = configs.PRODUCT
+    return tuning.run("depthwise.product", case, rows, choices, _default(choices, channels), run, features.device)
 
 
-def _default(channels: int) -> tuning.Config:
+def _default(choices: list[tuning.Config], channels: int) -> tuning.Config:
     """The first one that computes fewest channels in vain."""
-    return min(configs.TILES, key=lambda config: triton.cdiv(channels, config["BLOCK_C"]) * config["BLOCK_C"])
+    return min(choices, key=lambda config: triton.cdiv(channels, config["BLOCK_C"]) * config["BLOCK_C"])
 
 
 @triton.jit(do_not_specialize=["runs"])
