@@ -120,7 +120,7 @@ def test_triton_weight_gradient_in_parts(monkeypatch, patches, on_triton):
         check("3x3 stride 3", torch.float32, ActivePatches(patches.active.to(on_triton)), TRITON_SHAPES)
 
 
-def test_triton_repeats_bit_for_bit_and_keeps_nan_where_it_is_read(some_patches, on_triton):
+def test_triton_repeats_bit_for_bit(some_patches, on_triton):
     patches = ActivePatches(some_patches.active.to(on_triton))
     channels, window, side = TRITON_SHAPES["lines of taps in chunks"]
     geometry = Geometry.of(patches, side, window)
@@ -130,10 +130,32 @@ def test_triton_repeats_bit_for_bit_and_keeps_nan_where_it_is_read(some_patches,
         results = [value_and_grads(lambda *t: depthwise_conv2d(*t, None, geometry), x, weight) for _ in range(2)]
     for a, b in zip(*[(out, *grads) for out, grads in results], strict=True):
         assert torch.equal(a, b)
-    x[5, 1] = torch.nan
-    ours = depthwise_conv2d(x, weight, None, geometry)
-    reads = (geometry.neighbors == 5).any(0)
-    assert torch.equal(ours[:, 1].isnan(), reads) and not ours[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["lines of taps in chunks", "chunks, stride 2", "3x3 stride 2"])
+def test_triton_keeps_nan_where_it_is_read(name, some_patches, on_triton):
+    """Also where taps are taken together with some beyond the kernel, whose weights are 0."""
+    patches = ActivePatches(some_patches.active.to(on_triton))
+    channels, window, side = TRITON_SHAPES[name]
+    geometry = Geometry.of(patches, side, window)
+    x, grad = (torch.randn(n, channels, device=on_triton) for n in (geometry.rows_in, geometry.rows_out))
+    weight = torch.randn(channels, 1, *window.kernel, device=on_triton)
+    for grid_column in range(patches.grid[1]):
+        bad = patches.index[2] == grid_column
+        bad_in, bad_out = bad.repeat_interleave(side**2), bad.repeat_interleave(geometry.side_out**2)
+        neighbors = geometry.neighbors  # (taps, rows_out)
+        with tuning.forced(TALL):
+            features = x.masked_fill(bad_in[:, None], torch.nan)
+            ours = depthwise_conv2d(features, weight, None, geometry).isnan()
+            expected = (bad_in[neighbors] & (neighbors >= 0)).any(0)
+            assert torch.equal(ours, expected[:, None].expand_as(ours))
+            features = x.clone().requires_grad_()
+            out = depthwise_conv2d(features, weight, None, geometry)
+            (ours,) = torch.autograd.grad(out, features, grad.masked_fill(bad_out[:, None], torch.nan))
+        read = neighbors[:, bad_out]
+        expected = torch.zeros(geometry.rows_in, dtype=torch.bool, device=on_triton)
+        expected[read[read >= 0]] = True
+        assert torch.equal(ours.isnan(), expected[:, None].expand_as(ours))
 
 
 def test_triton_leaves_float64_to_the_reference(some_patches, on_triton):
