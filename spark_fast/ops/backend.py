@@ -28,11 +28,11 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "conv": {
         "cpu": ("cpu", "library", "reference"),
-        "cuda": ("triton", "library", "reference"),
+        "cuda": ("cuda", "triton", "library", "reference"),
         "*": ("library", "reference"),
     },
-    "depthwise": {"cpu": ("cpu", "reference"), "*": ("reference",)},
-    "pool": {"cpu": ("cpu", "reference"), "*": ("reference",)},
+    "depthwise": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"), "*": ("reference",)},
+    "pool": {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "*": ("reference",)},
     "norm": {
         "cpu": ("cpu", "library", "reference"),
         "cuda": ("triton", "library", "reference"),
@@ -40,12 +40,12 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "densify": {
         "cpu": ("library", "reference"),
-        "cuda": ("triton", "library", "cuda", "reference"),
+        "cuda": ("triton", "cuda", "library", "reference"),
         "*": ("library", "reference"),
     },
     "patch_loss": {
         "cpu": ("cpu", "library", "reference"),
-        "cuda": ("triton", "library", "reference"),
+        "cuda": ("triton", "cuda", "library", "reference"),
         "*": ("library", "reference"),
     },
 }
@@ -98,8 +98,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *cas
         return _load(op, order[0])
     fitting = _fitting(op, order, case)
     own = [name for name in fitting if name in MEASURED]
-    name = _fastest(op, own, device, case) if case and len(own) > 1 else fitting[0]
-    return _load(op, name)
+    if not case or len(own) < 2:
+        return _load(op, fitting[0])
+    return _load(op, _fastest(op, own, device, case))
 
 
 def _fitting(op: str, order: tuple[str, ...], case: tuple) -> list[str]:
@@ -118,11 +119,12 @@ def _fitting(op: str, order: tuple[str, ...], case: tuple) -> list[str]:
 
 
 def _fastest(op: str, names: list[str], device: torch.device, case: tuple) -> str:
-    """The one that was fastest on such a case, by the tables of `spark_fast.ops.tuning`; else the first."""
+    """The one that was fastest on such a case, by the tables of `spark_fast.ops.tuning`; else the first that does not
+    itself expect another to be faster (`yields` of its module)."""
     from spark_fast.ops import tuning
 
     first = case[0]
-    key = tuple(_described(value, value is first) for value in case)
+    key = tuple(_described(value, first) for value in case)
     configs = [{"backend": name} for name in names]
 
     def trial(config: dict) -> None:
@@ -130,13 +132,15 @@ def _fastest(op: str, names: list[str], device: torch.device, case: tuple) -> st
         api.trial(_load(op, config["backend"]), *case)
 
     best = tuning.best(f"{op}.backend", key, first.shape[0], configs, trial, device)
-    return best["backend"] if best else names[0]
+    if best:
+        return best["backend"]
+    return next((n for n in names if not getattr(_load(op, n), "yields", lambda *_: False)(*case)), names[0])
 
 
-def _described(value: object, first: bool) -> object:
+def _described(value: object, first: torch.Tensor) -> object:
     """What of an argument a measurement holds for: not the number of rows or images."""
     if isinstance(value, torch.Tensor):
-        return (value.dtype, *value.shape[1 if first else 0 :])
+        return (value.dtype, *value.shape[1 if value.shape == first.shape else 0 :])
     if isinstance(value, Geometry):
         window = value.window
         return (*window.kernel, *window.stride, *window.padding, *window.dilation, *value.patch_in, *value.patch_out)

@@ -115,6 +115,8 @@ def _describe(kernel, args: tuple, constants: dict[str, Any]) -> Launch:
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             divisible.append(name)  # what PyTorch allocates
+        elif isinstance(value, int) and value == 1 and name not in fixed:
+            constants[name] = 1  # as Triton's own launches do
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0 and name not in fixed:

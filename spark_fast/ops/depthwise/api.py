@@ -24,8 +24,15 @@ def depthwise_conv2d(
     Returns:
         rows (geometry.rows_out, C).
     """
-    run = backend.select("depthwise", features.device)
+    run = backend.select("depthwise", features.device, features.dtype, features, weight, geometry)
     return DepthwiseFunction.apply(features, weight, bias, geometry, run)
+
+
+def trial(run, features, weight, geometry: Geometry) -> None:
+    """All that a training step asks of a backend, for `backend.select` to measure."""
+    out = run.forward(features, weight, None, geometry)
+    run.grad_input(out, weight, geometry)
+    run.grad_weight(out, features, geometry, weight)
 
 
 class DepthwiseFunction(torch.autograd.Function):

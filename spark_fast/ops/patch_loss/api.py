@@ -41,9 +41,16 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
 
     check_images(images, patches)
     run = backend.select("patch_loss", prediction.device, prediction.dtype, prediction, images, patches)
-    if images.requires_grad and torch.is_grad_enabled() and run.__name__.endswith((".cpu", ".triton")):
+    if images.requires_grad and torch.is_grad_enabled() and not run.__name__.endswith((".library", ".reference")):
         run = library  # the kernels take the images as the target only, and have no gradient of them
     if not hasattr(run, "READS_HALF"):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         prediction, images = prediction.to(dtype), images.to(dtype)
     return run.forward(prediction, images, patches)
+
+
+def trial(run, prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> None:
+    """All that a training step asks of a backend, for `backend.select` to measure."""
+    with torch.enable_grad():
+        leaf = prediction.detach().requires_grad_()
+        torch.autograd.grad(run.forward(leaf, images.detach(), patches), leaf)

@@ -11,6 +11,8 @@ from spark_fast.ops.native_cuda import TYPES, address, unavailable  # noqa: F401
 from spark_fast.ops.patch_loss.api import EPS
 from spark_fast.patches import ActivePatches
 
+READS_HALF = True
+
 
 def unsupported(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> str | None:
     """Why these kernels cannot run this case, or None. The two dtypes may differ."""

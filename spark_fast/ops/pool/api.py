@@ -40,7 +40,7 @@ def max_pool2d(
     if window.taps > torch.iinfo(torch.int16).max:
         raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {window.kernel}")
     geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
-    run = backend.select("pool", features.device)
+    run = backend.select("pool", features.device, features.dtype, features, geometry)
     return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
 
 
@@ -98,6 +98,11 @@ def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor | int:
     area = vertical[:, None] * horizontal  # (H_out, W_out)
     by_patch = area.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)  # (gh, gw, side, side)
     return by_patch[patches.index[1], patches.index[2]].reshape(-1, 1)
+
+
+def trial(run, features, geometry: Geometry) -> None:
+    """All that a training step asks of a backend, for `backend.select` to measure."""
+    run.max_grad_input(*run.max_forward(features, geometry), geometry)
 
 
 class MaxPool2dFunction(torch.autograd.Function):

@@ -1,0 +1,23 @@
+"""Tile sizes that the Triton depthwise convolution may run with; all are compiled and checked for spills by the tests.
+
+BLOCK_R counts runs of pixels, or rows where there are no runs. BLOCK_C is less than the number of threads: then each
+thread loads the weights that it multiplies by, and none are exchanged through shared memory.
+"""
+
+from __future__ import annotations
+
+from spark_fast.ops.tuning import Config
+
+GATHER: list[Config] = [
+    {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_R": 8, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_R": 32, "BLOCK_C": 32, "num_warps": 4},
+    {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},
+]
+# Four channels for each thread: with eight, some windows spill registers.
+PRODUCT: list[Config] = [
+    {"BLOCK_R": 8, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
+    {"BLOCK_R": 16, "BLOCK_C": 32, "num_warps": 4},
+    {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},
+]
