@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
 import sysconfig
 
 import pytest
@@ -18,7 +20,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
     path = tmp_path_factory.mktemp("shim") / f"_native_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*sorted(CSRC.glob("*_cuda.cu")), CSRC / "bindings_cuda.cpp"]
     # Two blocks, so that small maps go several times round a kernel's grid-stride loop.
-    library = build(path, *sources, flags=("-DSPARK_MAX_BLOCKS=2",))
+    more = shlex.split(os.environ.get("SPARK_SHIM_FLAGS", ""))  # see test_shim.py
+    library = build(path, *sources, flags=("-DSPARK_MAX_BLOCKS=2", *more))
     spec = importlib.util.spec_from_file_location("_native_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

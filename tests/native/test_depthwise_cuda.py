@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pytest
 import torch
 from cuda_shim import MASKS, guarded
@@ -90,6 +93,33 @@ def test_source_and_query_patches_may_differ(device: str) -> None:
         oracle, grads = value_and_grads(whole, *(t.double() for t in inputs))
         for mine, true in zip((ours, *our_grads), (oracle, *grads), strict=True):
             torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_window_on_any_grid(seed: int, device: str) -> None:
+    draw = random.Random(seed)
+    geometry = None
+    while geometry is None:
+        kernel, stride, side = draw.choice([3, 3, 5, 5, 7, 7, 2, 4]), draw.choice([1, 1, 2, 3]), draw.randint(1, 18)
+        padding, dilation = draw.randint(0, kernel // 2), draw.choice([1, 1, 1, 2])
+        window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+        grid = draw.randint(1, 2), draw.randint(1, max(2, 12 // side))
+        patches = ActivePatches((torch.rand(2, *grid) < draw.random()).to(device))
+        with contextlib.suppress(ValueError):  # a map that is not a whole number of pixels per patch
+            geometry = Geometry.of(patches, side, window)
+    channels = draw.choice([1, 2, 8, 33, 66])
+    features = torch.randn(geometry.rows_in, channels).to(device)
+    weight, grad = torch.randn(channels, 1, kernel, kernel), torch.randn(geometry.rows_out, channels)
+    weight, grad = weight.to(device), grad.to(device)
+    for function, first, second in [
+        ("forward", (features, weight), (None, geometry)),
+        ("grad_input", (grad, weight), (geometry,)),
+        ("grad_weight", (grad, features), (geometry, weight)),
+    ]:
+        ours = getattr(cuda, function)(*first, *second)
+        exact = [t.double() if torch.is_tensor(t) else t for t in (*first, *second)]
+        expected = getattr(reference, function)(*exact)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"{geometry}: {m}")
 
 
 @pytest.mark.parametrize("name", ["7x7", "7x7 side 1", "7x7 side 8", "3x3 stride 2", "5x5 dilated"])

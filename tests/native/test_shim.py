@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +225,28 @@ def test_half_precision_rounds_as_pytorch_does(small: Shim) -> None:
     small.module.round_trips(*(ctypes.c_void_p(t.data_ptr()) for t in (values, half, bf)), len(values))
     torch.testing.assert_close(half, values.half().float(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(bf, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing_outside_the_tensors() -> None:
+    """The kernels' tests of margins and strides once more, in a process of their own, where every access is watched."""
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+        if shutil.which("g++")
+    ]
+    if not found or not all(map(os.path.isabs, found)) or os.environ.get("CXX"):
+        pytest.skip("g++ with its AddressSanitizer not found, or another compiler is asked for")
+    here = Path(__file__).parent
+    tests = [str(path) for path in here.glob("test_*_cuda.py") if path.name != "test_build_cuda.py"]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "SPARK_SHIM_FLAGS": "-fsanitize=address -Wno-error",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "outside or strid", "-m", "not gpu", *tests],
+        capture_output=True, text=True, env=environment, cwd=here.parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " 0 failed" in done.stdout and "AddressSanitizer: " not in done.stderr
