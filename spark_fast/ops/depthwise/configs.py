@@ -16,7 +16,6 @@ GATHER: list[Config] = [
 ]
 # Four channels for each thread: with eight, some windows spill registers.
 PRODUCT: list[Config] = [
-    {"BLOCK_R": 8, "BLOCK_C": 64, "num_warps": 4},
     {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_R": 16, "BLOCK_C": 32, "num_warps": 4},
     {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},

@@ -264,7 +264,8 @@ def product_lines(
     channel = channels[None, :]
     has = channel < CHANNELS
     part = tl.program_id(1).to(tl.int64)
-    for step in range(group * GROUP_STEPS, tl.minimum((group + 1) * GROUP_STEPS, STEPS)):
+    for nth in range(GROUP_STEPS):
+        step = group * GROUP_STEPS + nth
         tap_y = step // chunks
         tap_x = step % chunks * CHUNK
         sums = ()
@@ -291,4 +292,5 @@ def product_lines(
                         sums = sums[: USES[c * PIXELS + p]] + (total,) + sums[USES[c * PIXELS + p] + 1 :]
         for k in tl.static_range(CHUNK):
             to = (part * TAPS + tap_y * WINDOW[4] + tap_x + k) * CHANNELS + channels
-            tl.store(out + to, tl.sum(sums[k], 0), mask=(channels < CHANNELS) & (tap_x + k < WINDOW[4]))
+            is_tap = (step < STEPS) & (tap_x + k < WINDOW[4])
+            tl.store(out + to, tl.sum(sums[k], 0), mask=is_tap & (channels < CHANNELS))
