@@ -36,7 +36,7 @@ from bench.gpu.section import (
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {  # of the time; each is also a module bench.gpu.<name>
-    "provenance": 20, "build": 60, "tests": 80, "sanitizer": 50, "ops": 110, "nets": 60, "step": 45, "peers": 15,
+    "provenance": 20, "build": 50, "tests": 70, "sanitizer": 40, "ops": 110, "nets": 60, "step": 45, "peers": 15,
     "training": 30, "compiled": 20,
 }  # fmt: skip
 LEAST = 5.0  # seconds of a section

@@ -38,7 +38,7 @@ def tidy(path: Path) -> None:
 def load_gpus(root: Path) -> list[dict]:
     """The results of `bench.gpu_check`, by file name."""
     found = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
-    return [result for result in found if isinstance(result, dict) and "sections" in result]
+    return [result for result in found if isinstance(result, dict) and result.get("sections") and not result["tiny"]]
 
 
 def sections(result: dict | None, default: dict | None, gpus: Sequence[dict] = ()) -> dict[str, str]:

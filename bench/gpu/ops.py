@@ -8,7 +8,7 @@ import shutil
 import torch
 
 import spark_fast as sf
-from bench.gpu import conv_ops, row_ops
+from bench.gpu import conv_ops, row_ops, warm
 from bench.gpu.measure import HALF, Peaks, measure_peaks
 from bench.gpu.section import Section
 from bench.settings import ROOT
@@ -27,6 +27,8 @@ def patches_of(section: Section) -> sf.ActivePatches:
 def run(section: Section) -> None:
     device, peaks = torch.device(section.device), []
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        section.case("compiling", lambda: warm.start_all(section, section.left / 3), optional=True)
     patches = patches_of(section)
 
     def ceilings() -> dict:

@@ -256,6 +256,12 @@ def measure(case: Case, direction: str, peaks: Peaks) -> dict:
     return dict(op=case.op, direction=direction, **entry, absent=absent)
 
 
+def run_once(case: Case) -> None:
+    """Forward and backward by the backend that is preferred, of the inputs that are timed and of those of the proof."""
+    for inputs in filter(None, (case.inputs, case.proof)):
+        _runner(case.ours, inputs, case, "both")()
+
+
 def _truths(case: Case, direction: str) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """PyTorch's results in the inputs' dtype, and in float64."""
     inputs = case.proof or case.inputs

@@ -18,13 +18,22 @@ RUNS = {
     "triton": (["tests/ops", "-k", "triton", "--ignore=tests/ops/test_triton_report.py"], 1.0),
 }  # the second number: share of the section's time that is left
 TINY = {"gpu": (["tests/native", "-m", "gpu"], 0.5), "triton": (["tests/ops/test_backend.py", "-k", "triton"], 1.0)}
-LINE = re.compile(r"^(\S.*?::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+LINE = re.compile(rf"^(?P<test>\S.*?::.*?) (?P<outcome>{OUTCOMES})\b", re.MULTILINE)
+SHARED_LINE = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<outcome>{OUTCOMES}) (?P<test>\S.*?::.*?) *$", re.MULTILINE)
+PROCESSES = 6  # of pytest-xdist, where it is installed: compiling kernels takes longest
 NO_TESTS = 5  # pytest's exit status
 
 
 def run(section: Section) -> None:
     for name, (arguments, share) in (TINY if section.tiny else RUNS).items():
-        section.case(name, lambda arguments=arguments, share=share: run_pytest(arguments, section.left * share))
+        shared = section.device == "cuda" and importlib.util.find_spec("xdist") is not None
+        section.case(
+            name,
+            lambda arguments=arguments, share=share, shared=shared: run_pytest(
+                [*arguments, *(["-n", str(PROCESSES)] if shared else [])], section.left * share
+            ),
+        )
 
 
 def run_pytest(arguments: list[str], seconds: float) -> dict:
@@ -32,7 +41,7 @@ def run_pytest(arguments: list[str], seconds: float) -> dict:
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
     command += [f"--ignore={path}" for path in ignored]
     done = run_command(command, seconds)
-    found = LINE.findall(done.output)
+    found = [(m["test"], m["outcome"]) for line in (LINE, SHARED_LINE) for m in line.finditer(done.output)]
     counts = Counter(outcome for _, outcome in found)
     failures = sorted({test for test, outcome in found if outcome in ("FAILED", "ERROR")})
     entry = {

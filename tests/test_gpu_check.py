@@ -1,0 +1,380 @@
+"""bench.gpu_check on the CPU: its sections run, wrong results and crashes are recorded, and tables tell the truth."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import spark_fast as sf
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--device", "cpu", "--tiny"]
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("bench.gpu_check")
+
+
+@pytest.fixture
+def part(check):
+    """A module of bench by name."""
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.fixture
+def make_section(part, tmp_path):
+    module = part("gpu.section")
+    return lambda **settings: module.Section(tmp_path / "cases.json", "cpu", True, **settings)
+
+
+def saved(path: Path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+# One section in its process
+
+
+def test_cases_are_on_disk_while_they_run(make_section):
+    section, seen = make_section(), []
+    section.case("first", lambda: seen.extend(saved(section.path)) or {"gain": 2})
+    assert [case["status"] for case in seen] == ["running"]
+    assert saved(section.path)[0]["status"] == "passed" and saved(section.path)[0]["gain"] == 2
+
+
+def test_an_exception_is_recorded_and_the_next_case_runs(make_section):
+    section = make_section()
+    assert section.case("bad", lambda: 1 / 0) is None
+    assert section.case("good", dict)["status"] == "passed"
+    bad = saved(section.path)[0]
+    assert bad["status"] == "failed" and "ZeroDivisionError" in bad["error"]
+    assert str(ROOT) not in json.dumps(bad)
+
+
+def test_a_case_that_reports_an_error_failed(make_section):
+    section = make_section()
+    section.case("bad", lambda: {"error": "two differ"})
+    assert section.cases[0]["status"] == "failed"
+
+
+def test_no_case_begins_after_the_deadline(make_section):
+    section = make_section(deadline=time.monotonic() - 1)
+    section.case("late", lambda: pytest.fail("it ran"))
+    assert section.cases[0]["status"] == "no time left"
+
+
+def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(make_section, part):
+    section = make_section()
+    section.case("one", dict)
+    with pytest.raises(part("gpu.section").LostDeviceError):
+        section.case("two", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
+    later = make_section()
+    later.case("one", lambda: pytest.fail("it ran again"))
+    later.case("three", dict)
+    assert [case["status"] for case in later.cases] == ["passed", "failed", "passed"]
+
+
+def test_a_case_in_whose_middle_the_process_died_failed(make_section):
+    section = make_section()
+    section.path.write_text('[{"case": "one", "status": "running"}]')
+    assert make_section().cases == [
+        {"case": "one", "status": "failed", "error": "the process ended in the middle of it"}
+    ]
+
+
+# All sections
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "expected"),
+    [
+        (["passed", "not available"], 0, "passed"),
+        (["passed", "failed"], 0, "failed"),
+        (["passed", "no time left"], 0, "out of time"),
+        (["passed"], 1, "failed"),
+        (["passed"], None, "out of time"),
+        ([], 0, "failed"),
+    ],
+)
+def test_status_of_a_section(check, statuses, code, expected):
+    assert check.status_of([{"status": status} for status in statuses], code) == expected
+
+
+def test_optional_cases_count_for_nothing(check):
+    cases = [{"status": "passed"}, {"status": "failed", "optional": True}]
+    assert check.status_of(cases, 0) == check.status_of(cases, None) == "passed"
+
+
+def test_a_section_that_hangs_is_stopped(check, tmp_path, monkeypatch):
+    sleeping = "import time; time.sleep(60)"
+    (tmp_path / "sitecustomize.py").write_text(sleeping)
+    monkeypatch.setattr(check, "environment", lambda settings: {**os.environ, "PYTHONPATH": str(tmp_path)})
+    start = time.monotonic()
+    section = check.run_section("ops", tmp_path, 1.0, check.Settings("cpu", True, False))
+    assert time.monotonic() - start < 20
+    assert section["status"] == "out of time" and section["cases"] == []
+
+
+def test_a_section_that_cannot_start_says_why(check, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os; print('no driver'); os._exit(3)")
+    monkeypatch.setattr(check, "environment", lambda settings: {**os.environ, "PYTHONPATH": str(tmp_path)})
+    section = check.run_section("ops", tmp_path, 30.0, check.Settings("cpu", True, False))
+    assert section["status"] == "failed" and section["output"] == ["no driver"]
+
+
+@pytest.mark.parametrize("code", ["RESTART", -signal.SIGSEGV])
+def test_a_process_that_lost_the_gpu_is_followed_by_another(check, tmp_path, monkeypatch, code):
+    code, runs = getattr(check, str(code), code), []
+
+    def run_process(name, path, log, seconds, settings):
+        runs.append(name)
+        path.write_text('[{"case": "a", "status": "passed"}]')
+        return code if len(runs) < 3 else 0
+
+    monkeypatch.setattr(check, "run_process", run_process)
+    section = check.run_section("ops", tmp_path, 60.0, check.Settings("cpu", True, False))
+    assert len(runs) == 3 and section["status"] == "passed"
+
+
+def fake_sections(check, monkeypatch, statuses: dict[str, str]) -> list[str]:
+    ran = []
+
+    def run_section(name, folder, seconds, settings):
+        ran.append(name)
+        cases = [{"case": "a", "status": "passed", "gains": {"dense": 2.0}}]
+        return {
+            "status": statuses.get(name, "passed"),
+            "seconds": 1,
+            "date": "2030-01-02",
+            "commit": "abc",
+            "cases": cases,
+        }
+
+    monkeypatch.setattr(check, "run_section", run_section)
+    return ran
+
+
+def test_exit_status_and_results_when_one_section_fails(check, tmp_path, monkeypatch, capsys):
+    ran = fake_sections(check, monkeypatch, {"ops": "failed"})
+    path = tmp_path / "out.json"
+    assert check.main([*TINY, "--out", str(path)]) == 1
+    assert ran == list(check.SHARES)
+    assert saved(path)["sections"]["ops"]["status"] == "failed"
+    assert "training" in saved(path)["sections"]
+    assert "ops: failed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_keeps_the_other_sections(check, tmp_path, monkeypatch):
+    fake_sections(check, monkeypatch, {})
+    path = tmp_path / "out.json"
+    assert check.main([*TINY, "--out", str(path), "--only", "nets"]) == 0
+    ran = fake_sections(check, monkeypatch, {})
+    assert check.main([*TINY, "--out", str(path), "--only", "step", "ops"]) == 0
+    assert ran == ["ops", "step"]
+    assert set(saved(path)["sections"]) == {"nets", "ops", "step"}
+
+
+def test_figures_that_mean_nothing_need_a_place_of_their_own(check, capsys):
+    for arguments in (TINY, ["--tiny"], ["--device", "cpu"]):
+        with pytest.raises(SystemExit):
+            check.main(arguments)
+        assert "--out" in capsys.readouterr().err
+
+
+def test_the_shares_fit_the_default_budget(check):
+    assert isinstance(check.parse(["--out", "x"]), argparse.Namespace)
+    assert sum(check.SHARES.values()) <= check.parse(["--out", "x"]).budget < 480
+
+
+# What sections find
+
+
+def test_a_wrong_kernel_is_noticed(part, monkeypatch):
+    conv_ops, measure = part("gpu.conv_ops"), part("gpu.measure")
+    patches = sf.ActivePatches(sf.random_patch_mask(2, (2, 2), 0.5))
+    problem = conv_ops.Problem(conv_ops.RESNET[1], patches, True)
+    peaks = measure.Peaks(1e9, 1e9, 1e9)
+    assert conv_ops.measure(problem, "forward", peaks)["gains"]["dense"] > 0
+    from spark_fast.ops.conv import cpu
+
+    right = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *inputs: right(*inputs) * 1.05)
+    with sf.use_backend("cpu", "conv"), pytest.raises(AssertionError, match="cpu 3x3"):
+        conv_ops.measure(problem, "forward", peaks)
+
+
+def test_a_wrong_encoder_is_noticed(part, monkeypatch):
+    nets = part("gpu.nets")
+    monkeypatch.setattr(part("nets"), "TINY", True)
+    section = SimpleNamespace(tiny=True, device="cpu")
+    encoder, batch = nets.make_encoder("resnet50", "cpu"), nets.batch_of(section)
+    nets.prove(encoder, batch)
+    monkeypatch.setattr(nets._SparseMaps, "forward", lambda self, images: [
+        m.to_dense() * 1.05
+        for m in self.encoder(sf.SparseTensor.from_dense(images, sf.ActivePatches(batch.active)))
+    ])  # fmt: skip
+    with pytest.raises(AssertionError, match="sparse maps"):
+        nets.prove(encoder, batch)
+
+
+def test_kernels_are_run_once_before_the_timing(part, monkeypatch):
+    monkeypatch.setattr(part("nets"), "TINY", True)
+    warm, ran = part("gpu.warm"), []
+    jobs = list(warm.jobs(SimpleNamespace(tiny=True, device="cpu")))
+    for job in jobs[::8]:
+        job()
+    monkeypatch.setattr(warm, "jobs", lambda section: [lambda i=i: ran.append(i) or 1 // (3 - i) for i in range(6)])
+    assert [warm.main(["--part", str(p), "--of", "2", "--device", "cpu"]) for p in range(2)] == [0, 1]
+    assert sorted(ran) == list(range(6))
+
+
+def test_losses_too_far_apart_fail(part):
+    judged = part("gpu.training").judged
+    near = {"cpu float64": [1.0, 0.9], "cpu float32": [1.0, 0.9 + 1e-6], "device float32": [1.0, 0.9 + 2e-6]}
+    assert "error" not in judged(near)
+    assert "error" in judged(near | {"device float32": [1.0, 0.9 + 1e-4]})
+    assert "error" in judged(near | {"device float32": [1.0, float("nan")]})
+
+
+@pytest.mark.parametrize(
+    ("tool", "code", "output", "errors", "failed"),
+    [
+        ("memcheck", 0, "ok a\nok b\n========= ERROR SUMMARY: 0 errors\n", 0, False),
+        ("memcheck", 0, "========= Invalid read\n========= ERROR SUMMARY: 2 errors\n", 2, True),
+        ("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, False),
+        ("racecheck", 0, "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3, True),
+        ("memcheck", 0, "ok a\n", 0, True),
+        ("memcheck", None, "ok a\n", 0, True),
+    ],
+)
+def test_sanitizer_output(part, tool, code, output, errors, failed):
+    entry = part("gpu.sanitizer").counted(tool, code, output)
+    assert entry["errors"] == errors and ("error" in entry) == failed
+
+
+def test_pytest_output_is_counted_even_if_it_breaks_off(part, monkeypatch):
+    tests, commands = part("gpu.tests"), part("gpu.commands")
+    output = (
+        "tests/test_a.py::test_one[x y] PASSED     [  1%]\ntests/test_a.py::test_two FAILED [  2%]\n"
+        "tests/test_a.py::test_three SKIPPED (no GPU) [  3%]\ntests/test_a.py::test_four "
+    )
+    monkeypatch.setattr(tests, "run_command", lambda command, seconds: commands.Done(None, output))
+    entry = tests.run_pytest(["tests"], 1.0)
+    assert entry["counts"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 1}
+    assert entry["failures"] == ["tests/test_a.py::test_two"] and "out of time" in entry["error"]
+
+
+def test_output_of_several_pytest_processes_is_counted(part, monkeypatch):
+    tests, commands = part("gpu.tests"), part("gpu.commands")
+    output = (
+        "[gw0] [  1%] PASSED tests/test_a.py::test_one[x y] \n[gw3] [ 20%] FAILED tests/test_a.py::test_two \n"
+        "[gw1] [100%] SKIPPED tests/test_a.py::test_three \nFAILED tests/test_a.py::test_two - AssertionError\n"
+    )
+    monkeypatch.setattr(tests, "run_command", lambda command, seconds: commands.Done(1, output))
+    entry = tests.run_pytest(["tests"], 1.0)
+    assert entry["counts"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 1}
+    assert entry["failures"] == ["tests/test_a.py::test_two"]
+
+
+def test_test_files_that_lack_a_package_are_named(part, tmp_path, monkeypatch):
+    tests = part("gpu.tests")
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    (tmp_path / "test_a.py").write_text("import torch\nfrom exactness import DTYPES\n")
+    (tmp_path / "test_b.py").write_text("from no_such_package.inner import a\n")
+    assert tests.missing_imports(tmp_path) == {"test_b.py": ["no_such_package"]}
+
+
+# Tables
+
+
+def result(**sections: list[dict]) -> dict:
+    common = {"status": "passed", "seconds": 3, "date": "2030-01-02T03:04:05", "commit": "abc1234"}
+    made = {name: common | {"cases": [{"status": "passed", **c} for c in cases]} for name, cases in sections.items()}
+    return {"tiny": False, "device": "cuda", "sections": made}
+
+
+def line_with(text: str, *words: str) -> str:
+    found = [line for line in text.splitlines() if all(word in line for word in words)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_aims_met_missed_and_unmeasured(part):
+    tables = part("gpu_tables")
+    made = result(
+        provenance=[{"case": "machine", "gpu": "A GPU", "torch": "2.99"}],
+        nets=[
+            {"case": "resnet50 encoder", "gains": {"dense": 2.5}, "ms": {"sparse": 4, "dense": 10}},
+            {"case": "convnext_base encoder", "gains": {"dense": 2.5}, "ms": {"sparse": 4, "dense": 10}},
+            {"case": "resnet50 encoder memory", "shares": {"dense": 0.5}},
+        ],
+    )
+    page, short = tables.page([made]), tables.summary(made)
+    assert "| 2.50x | >= 2.3x | yes |" in line_with(page, "| nets | resnet50 encoder |")
+    assert "| 2.50x | >= 3x | **missed** |" in line_with(page, "| nets | convnext_base encoder |")
+    assert "<= 0.45x | **missed** |" in line_with(page, "| nets | resnet50 encoder memory |")
+    assert "| not yet measured | >= 1.6x | not yet measured |" in line_with(page, "| step | resnet50 step |")
+    assert "A GPU, torch 2.99, 2030-01-02, commit abc1234" in page
+    assert line_with(short, "convnext_base encoder").split()[-3:] == [">=", "3x", "missed"]
+
+
+def test_without_results_every_aim_is_unmeasured(part):
+    page, aims = part("gpu_tables").page([]), list(part("aims").gpu())
+    rows = [
+        line for line in page.splitlines() if " | dense | " in line or " | released | " in line or " | peer | " in line
+    ]
+    assert len(rows) == len(aims) == 36
+    assert all(row.count("not yet measured") == 2 for row in rows)
+
+
+def test_every_aim_is_of_a_case_that_is_measured(part):
+    conv_ops, nets = part("gpu.conv_ops"), part("gpu.nets")
+    names = {("ops", conv_ops.name_of(layer, direction)) for layer, direction in conv_ops.cases()}
+    names |= {("peers", layer.name) for layer in conv_ops.RESNET}
+    for model in nets.MODELS:
+        names |= {("nets", f"{model} encoder"), ("nets", f"{model} encoder memory")}
+        names |= {("step", f"{model} step"), ("step", f"{model} step, released form")}
+    assert {(aim.section, aim.case) for aim in part("aims").gpu()} <= names
+
+
+def test_report_takes_gpu_results_but_no_tiny_ones(part, tmp_path):
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    made = result(provenance=[{"case": "machine", "gpu": "A GPU"}])
+    for name, content in (("a-gpu", made), ("tiny", made | {"tiny": True}), ("cpu", {"benchmarks": []}), ("list", [])):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    assert part("report").load_gpus(tmp_path) == [made]
+
+
+# The whole
+
+
+@pytest.mark.slow
+def test_the_script_runs_on_the_cpu(check, tmp_path, part):
+    path = tmp_path / "out.json"
+    sections = [name for name in check.SHARES if name not in ("build", "tests")]
+    status = check.main([*TINY, "--out", str(path), "--budget", "900", "--only", *sections])
+    found = saved(path)
+    wrong = [
+        c for s in found["sections"].values() for c in s["cases"] if c["status"] not in ("passed", "not available")
+    ]
+    assert status == 0, wrong
+    ops = {case["case"] for case in found["sections"]["ops"]["cases"]}
+    assert {aim.case for aim in part("aims").gpu() if aim.section == "ops"} <= ops
+    timed = [case for case in found["sections"]["ops"]["cases"] if "us" in case]
+    assert any("triton" in case["us"] for case in timed) and all("dense" in case["gains"] for case in timed)
+    for section, case in (("nets", "resnet50 encoder"), ("step", "convnext_base step")):
+        entry = next(c for c in found["sections"][section]["cases"] if c["case"] == case)
+        assert entry["gains"]["dense"] > 0 and entry["proof"]["gradients"] < 0.1
+    assert not torch.cuda.is_available() or found["device"] == "cpu"
