@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -90,29 +91,39 @@ def run_all(chosen: argparse.Namespace, settings: Settings) -> int:
 
     end = time.monotonic() + chosen.budget
     names = [name for name in SHARES if name in (chosen.only or SHARES)]
-    result, path = {"tiny": settings.tiny, "device": settings.device, "sections": {}}, chosen.out
-    if path is not None and chosen.only and path.exists():
-        result["sections"] = read_cases(path)["sections"]
+    if chosen.out is None and "provenance" not in names:
+        names.insert(0, "provenance")  # which tells the name of the results
+    sections, path = {}, chosen.out
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for number, name in enumerate(names):
             waiting = sum(SHARES[n] for n in names[number:])
             seconds = max(LEAST, (end - time.monotonic()) * SHARES[name] / waiting)
             print(f"{name}: up to {seconds:.0f} s", flush=True)
-            section = run_section(name, Path(folder), seconds, settings)
-            result["sections"][name] = section
-            print(f"{name}: {section['status']} in {section['seconds']:.0f} s", flush=True)
-            for case in problems(section):
+            sections[name] = run_section(name, Path(folder), seconds, settings)
+            print(f"{name}: {sections[name]['status']} in {sections[name]['seconds']:.0f} s", flush=True)
+            for case in problems(sections[name]):
                 print(f"  {case['case']}: {case['status']}: {case.get('error', '')[:300]}", flush=True)
-            path = path or default_path(result)
-            write_json(path, result)
-    print(f"\n{gpu_tables.summary(result)}\n\nwritten to {path}")
-    return int(any(result["sections"][name]["status"] != PASSED for name in names))
+            path = path or default_path(sections)
+            if path is None:
+                print("torch sees no GPU here; --out PATH goes on all the same")
+                return 1
+            result = {"tiny": settings.tiny, "device": settings.device}
+            write_json(path, result | {"sections": kept_sections(path, bool(chosen.only), names) | sections})
+    print(f"\n{gpu_tables.summary(result | {'sections': sections})}\n\nwritten to {path}")
+    return int(any(section["status"] != PASSED for section in sections.values()))
 
 
-def default_path(result: dict) -> Path:
-    cases = result["sections"].get("provenance", {}).get("cases", [])
-    gpu = next((case["gpu"] for case in cases if "gpu" in case), "unknown-gpu")
-    return ROOT / "bench" / "results" / f"{slug(gpu)}.json"
+def kept_sections(path: Path, some: bool, names: list[str]) -> dict:
+    """Earlier results of the sections that do not run now."""
+    if not some or not path.exists():
+        return {}
+    return {name: section for name, section in json.loads(path.read_text())["sections"].items() if name not in names}
+
+
+def default_path(sections: dict) -> Path | None:
+    """Named after the GPU; None if there is none."""
+    gpu = next((case["gpu"] for case in sections["provenance"]["cases"] if "gpu" in case), None)
+    return None if gpu is None else ROOT / "bench" / "results" / f"{slug(gpu)}.json"
 
 
 def run_section(name: str, folder: Path, seconds: float, settings: Settings) -> dict:

@@ -185,6 +185,25 @@ def test_only_keeps_the_other_sections(check, tmp_path, monkeypatch):
     assert set(saved(path)["sections"]) == {"nets", "ops", "step"}
 
 
+def test_results_are_named_after_the_gpu(check, tmp_path, monkeypatch, capsys):
+    fake_sections(check, monkeypatch, {})
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert check.main(["--only", "nets"]) == 1  # provenance has run, and knows of none
+    assert "no GPU" in capsys.readouterr().out
+    fake = check.run_section
+
+    def with_gpu(name, *arguments):
+        found = fake(name, *arguments)
+        found["cases"][0]["gpu"] = "NVIDIA H100 80GB HBM3"
+        return found
+
+    monkeypatch.setattr(check, "run_section", with_gpu)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert check.main(["--only", "nets"]) == 0
+    made = saved(tmp_path / "bench" / "results" / "nvidia-h100-80gb-hbm3.json")
+    assert set(made["sections"]) == {"provenance", "nets"} and not made["tiny"]
+
+
 def test_figures_that_mean_nothing_need_a_place_of_their_own(check, capsys):
     for arguments in (TINY, ["--tiny"], ["--device", "cpu"]):
         with pytest.raises(SystemExit):
@@ -237,6 +256,52 @@ def test_kernels_are_run_once_before_the_timing(part, monkeypatch):
     monkeypatch.setattr(warm, "jobs", lambda section: [lambda i=i: ran.append(i) or 1 // (3 - i) for i in range(6)])
     assert [warm.main(["--part", str(p), "--of", "2", "--device", "cpu"]) for p in range(2)] == [0, 1]
     assert sorted(ran) == list(range(6))
+
+
+def test_a_graph_that_computes_something_else_is_noticed(part, monkeypatch):
+    nets = part("gpu.nets")
+    layer, x, device = torch.nn.Linear(3, 2), torch.randn(4, 3), torch.device("cpu")
+    gradients = nets.pass_of(layer, lambda: [layer(x)], device)
+
+    def wrong() -> None:
+        gradients()
+        layer.weight.grad.mul_(1.1)
+
+    for replay in (gradients, wrong):
+        monkeypatch.setattr(nets, "capture", lambda run, device, replay=replay: (run(), replay)[1])
+        runs, notes = nets.with_graph("sparse", gradients, layer, device)
+        assert list(runs) == ["sparse", "sparse, CUDA graph"] and not notes
+        if replay is gradients:
+            assert nets.graph_gap(*runs.values(), layer) == 0
+        else:
+            with pytest.raises(AssertionError, match="CUDA graph"):
+                nets.graph_gap(*runs.values(), layer)
+
+
+def test_a_step_that_cannot_be_recorded_says_why(part, monkeypatch):
+    nets, layer = part("gpu.nets"), torch.nn.Linear(3, 2)
+
+    def capture(run, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(nets, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runs, notes = nets.with_graph("sparse", lambda: None, layer, torch.device("cpu"))
+    assert list(runs) == ["sparse"]
+    assert notes == {"no_cuda_graph": "operation not permitted when stream is capturing"}
+
+
+def test_a_batch_that_does_not_fit_is_halved(part):
+    nets, tried = part("gpu.nets"), []
+
+    def run(batch):
+        tried.append(batch.images.shape[0])
+        if tried[-1] > 64:
+            raise torch.OutOfMemoryError("too large")
+        return {}
+
+    section = SimpleNamespace(tiny=False, device="cpu")
+    assert nets.halved(section, run) == {"batch": 64} and tried == [256, 128, 64]
 
 
 def test_losses_too_far_apart_fail(part):

@@ -124,26 +124,64 @@ def _times(section: Section, encoder: sf.Encoder, batch: Batch) -> dict:
     device = batch.images.device
     forms = forms_of(encoder, batch.active)
     channels_last = batch.images.contiguous(memory_format=torch.channels_last)
-    runs = {"sparse": pass_of(encoder.train(), lambda: sparse_maps(encoder, batch), device)}
+    sparse = pass_of(encoder.train(), lambda: sparse_maps(encoder, batch), device)
+    runs, notes = with_graph("sparse", sparse, encoder, device)
+    if len(runs) > 1:
+        notes["graph_gap"] = graph_gap(*runs.values(), encoder)
     for name, form in forms.items():
         runs[f"dense {name}"] = pass_of(form.train(), lambda form=form: form(channels_last), device)
-    return time_sides(runs, device, rounds=1 if section.tiny else 7)
+    return time_sides(runs, device, 1 if section.tiny else 7) | notes
 
 
-def time_sides(runs: Mapping[str, Callable[[], None]], device: torch.device, rounds: int) -> dict:
-    """Milliseconds of all sides in turns, the sparse one also as a CUDA graph; gains over the fastest dense form."""
-    runs, notes = dict(runs), {}
+def with_graph(
+    name: str, gradients: Callable[[], None], model: nn.Module, device: torch.device, after: Callable = lambda: None
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """The run as Python makes it, and with its forward and backward replayed as a CUDA graph, where it can be recorded;
+    else why not. `after`: what follows outside of the graph."""
+
+    def called() -> None:
+        gradients()
+        after()
+
     try:
-        replay = capture(runs["sparse"], device)
-        if replay is not None:
-            runs["sparse, CUDA graph"] = replay
+        replay = capture(gradients, device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         torch.cuda.synchronize()
-        notes["no_cuda_graph"] = str(error).splitlines()[0][:300]
+        return {name: called}, {"no_cuda_graph": str(error).splitlines()[0][:300]}
+    if replay is None:
+        return {name: called}, {}
+    recorded = [parameter.grad for parameter in model.parameters()]
+
+    def replayed() -> None:
+        for parameter, gradient in zip(model.parameters(), recorded, strict=True):
+            parameter.grad = gradient
+        replay()
+        after()
+
+    return {name: called, f"{name}, CUDA graph": replayed}, {}
+
+
+def graph_gap(called: Callable[[], None], replayed: Callable[[], None], model: nn.Module) -> float:
+    """How far the gradients of a replay are from those of a call, relative.
+
+    Raises:
+        AssertionError: farther than rounding to bfloat16.
+    """
+    found = []
+    for run in (called, replayed):
+        run()
+        found.append([p.grad.double() for p in model.parameters() if p.grad is not None])
+    gap = distance(found[1], found[0])
+    assert gap <= NEAR, f"gradients of the CUDA graph are {gap:.3g} away"
+    return significant(gap, 3)
+
+
+def time_sides(runs: Mapping[str, Callable[[], None]], device: torch.device, rounds: int) -> dict:
+    """Milliseconds of all sides in turns; the gain of the fastest sparse form over the fastest dense form."""
     times = alternate(runs, rounds, 1, device)
-    return {**gains_of({name: statistics.median(series) for name, series in times.items()}), **notes}
+    return gains_of({name: statistics.median(series) for name, series in times.items()})
 
 
 def gains_of(seconds: Mapping[str, float]) -> dict:

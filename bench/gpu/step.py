@@ -7,8 +7,6 @@ over gathered active pixels, PyTorch's default for TF32.
 from __future__ import annotations
 
 import copy
-import gc
-import statistics
 import sys
 import types
 from collections.abc import Callable
@@ -20,13 +18,23 @@ import torch.nn.functional as F
 from torch import nn
 
 import spark_fast as sf
-from bench.gpu.measure import HALF, capture
-from bench.gpu.nets import MODELS, NEAR, PROVEN, Batch, HalfMaskedDense, batch_of, distance, halved, time_sides
+from bench.gpu.measure import HALF
+from bench.gpu.nets import (
+    MODELS,
+    NEAR,
+    PROVEN,
+    Batch,
+    HalfMaskedDense,
+    batch_of,
+    distance,
+    halved,
+    time_sides,
+    with_graph,
+)
 from bench.gpu.section import Section
 from bench.harness import significant
 from bench.nets import DenseSparK, dense_forms, model_kwargs, stir
 from bench.settings import ROOT
-from spark_fast.evaluate.speed import alternate
 from spark_fast.train.config import PretrainConfig
 from spark_fast.train.schedule import make_optimizer
 
@@ -84,6 +92,10 @@ class TrainingStep:
         self.gradients()
         self.optimizer.step()
 
+    def with_graph(self) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+        """The optimiser's step stays outside: its bias corrections are numbers of the host."""
+        return with_graph("sparse", self.gradients, self.model, self.device, self.optimizer.step)
+
 
 def _step(section: Section, model: str) -> dict:
     spark = make_spark(section, model)
@@ -94,32 +106,11 @@ def _step(section: Section, model: str) -> dict:
 def _times(section: Section, spark: sf.SparK, model: str, batch: Batch) -> dict:
     channels_last = batch.images.contiguous(memory_format=torch.channels_last)
     count, rounds = batch.images.shape[0], 1 if section.tiny else 5
-    dense = {}
-    for name, form in dense_steps(spark, batch.active).items():
-        dense[f"dense {name}"] = TrainingStep(form, model, lambda form=form: form(channels_last), True, count)
     sparse = TrainingStep(spark, model, lambda: spark(batch.images), True, count)
-    whole = time_sides({"sparse": sparse, **dense}, batch.images.device, rounds)
-    if batch.images.is_cuda and "no_cuda_graph" in whole:
-        whole |= _graph_without_optimizer(sparse, whole, rounds)
-    return whole
-
-
-def _graph_without_optimizer(sparse: TrainingStep, whole: dict, rounds: int) -> dict:
-    """The optimiser's step outside of the graph, where it cannot be captured."""
-    try:
-        replay = capture(sparse.gradients, sparse.device)
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        return {"no_cuda_graph": str(error).splitlines()[0][:300]}
-
-    def step() -> None:
-        replay()
-        sparse.optimizer.step()
-
-    seconds = statistics.median(alternate({"graph": step}, rounds, 1, sparse.device)["graph"])
-    ms = whole["ms"] | {"sparse, CUDA graph and optimizer": significant(1e3 * seconds)}
-    best = min((name for name in ms if name.startswith("sparse")), key=ms.get)
-    return {"ms": ms, "best": best, "gains": {"dense": round(ms[whole["dense_form"]] / ms[best], 3)}}
+    runs, notes = sparse.with_graph()
+    for name, form in dense_steps(spark, batch.active).items():
+        runs[f"dense {name}"] = TrainingStep(form, model, lambda form=form: form(channels_last), True, count)
+    return time_sides(runs, batch.images.device, rounds) | notes
 
 
 def prove(spark: sf.SparK, batch: Batch) -> dict[str, float]:
@@ -185,8 +176,6 @@ def _released_times(section: Section, model: str, batch: Batch) -> dict:
     ours, theirs = (float(m.train()(batch.images[:PROVEN], batch.active[:PROVEN])) for m in (spark, form))
     assert abs(ours - theirs) <= 1e-2 * abs(theirs), f"loss {ours} for {theirs}: not the same step"
     dense = TrainingStep(form, model, lambda: form(batch.images, batch.active), False, count)
-    sparse = TrainingStep(spark, model, lambda: spark(batch.images), True, count)
-    found = time_sides({"sparse": sparse, "dense released": dense}, batch.images.device, 1 if section.tiny else 3)
-    del dense, sparse
-    gc.collect()
-    return found | {"gains": {"released": found["gains"]["dense"]}, "losses": [ours, theirs]}
+    runs, notes = TrainingStep(spark, model, lambda: spark(batch.images), True, count).with_graph()
+    found = time_sides({**runs, "dense released": dense}, batch.images.device, 1 if section.tiny else 3)
+    return found | notes | {"gains": {"released": found["gains"]["dense"]}, "losses": [ours, theirs]}
