@@ -15,6 +15,7 @@ import torch
 
 import spark_fast as sf
 from bench.gpu.measure import candidates, exact_float32, prove
+from bench.gpu.section import LOST
 from spark_fast.ops.conv import conv2d, project
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.linear import linear
@@ -131,29 +132,35 @@ def run_case(case: Case, name: str, device: torch.device, dtype: torch.dtype, qu
     return None
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="run each case once, compare nothing")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
-    device, wrong = torch.device(chosen.device), 0
+    device, lines = torch.device(chosen.device), []
     with exact_float32():
         for case in list(cases(sf.ActivePatches(active()))):
             for dtype in DTYPES:
                 for name in candidates(case.op, device, dtype):
-                    if name == "reference":
-                        continue
-                    try:
-                        reason = run_case(case, name, device, dtype, chosen.quick)
-                    except AssertionError as error:
-                        wrong += 1
-                        print("WRONG", error, flush=True)
-                        continue
-                    what = f"{case.op} {name} {case.name} {dtype}"
-                    print(f"left out {what}: {reason}" if reason else f"ok {what}", flush=True)
+                    if name != "reference":
+                        lines.append(verdict(case, name, device, dtype, chosen.quick))
+                        print(lines[-1], flush=True)
+    wrong = sum(line.startswith("WRONG") for line in lines)
     print(f"{wrong} wrong")
     return int(wrong > 0)
+
+
+def verdict(case: Case, name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> str:
+    """What is printed of a case: "ok", "left out" or "WRONG" first."""
+    what = f"{case.op} {name} {case.name} {dtype}"
+    try:
+        reason = run_case(case, name, device, dtype, quick)
+    except Exception as error:
+        if LOST.search(str(error)):
+            raise
+        return f"WRONG {what}: {type(error).__name__}: {error}"
+    return f"left out {what}: {reason}" if reason else f"ok {what}"
 
 
 if __name__ == "__main__":
