@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # and tree cannot differ. Only a change of these needs a new install:
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -23,6 +23,12 @@ bench: $(VENV)/.installed-bench
 	$(BENCH)=bench/results/cpu.json
 	SPARK_FAST_BENCH_ALLOCATOR=default $(BENCH)=bench/results/cpu-default-allocator.json -k headline
 	$(BIN)/python -m bench.report
+
+# On a machine with a GPU, with whatever Python has torch and triton there: nothing is installed but this package.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-check:
+	$(GPU_PYTHON) -m bench.gpu_check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

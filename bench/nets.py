@@ -128,7 +128,7 @@ class PlainDensify(nn.Module):
             else:
                 x = norm(x)
             mask = F.interpolate(active[:, None].float(), size=x.shape[2:]).bool()
-            dense.append(proj(torch.where(mask, x, token)))
+            dense.append(proj(torch.where(mask, x, token.to(x.dtype))))
         return dense
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plot, sweeps, tables
+from bench import gpu_tables, plot, sweeps, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- table: ([a-z -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -34,8 +35,15 @@ def tidy(path: Path) -> None:
         path.write_text(f'{head},\n "benchmarks": [\n{lines}\n ]\n}}\n')
 
 
-def sections(result: dict | None, default: dict | None) -> dict[str, str]:
-    """The generated parts of docs/performance.md by name; `default`: the results with the default allocator."""
+def load_gpus(root: Path) -> list[dict]:
+    """The results of `bench.gpu_check`, by file name."""
+    found = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
+    return [result for result in found if isinstance(result, dict) and result.get("sections") and not result["tiny"]]
+
+
+def sections(result: dict | None, default: dict | None, gpus: Sequence[dict] = ()) -> dict[str, str]:
+    """The generated parts of docs/performance.md by name; `default`: the results with the default allocator; `gpus`:
+    those of `bench.gpu_check`."""
     mask_ratio = sweeps.mask_ratio(result)
     if sweeps.series(result):
         mask_ratio += f"\n\n![time against mask ratio]({Path(PLOT).name})\n\n" + sweeps.times(result)
@@ -56,6 +64,7 @@ def sections(result: dict | None, default: dict | None) -> dict[str, str]:
         "other ops": tables.figures(result, "batch", "layer", "pool", "densify", "patch_loss"),
         "spconv": tables.spconv(result),
         "losses": tables.losses(result),
+        "gpu": gpu_tables.page(gpus),
         "figures": tables.figures(result, "conv", "depthwise"),
     }  # fmt: skip
 
@@ -89,7 +98,7 @@ def outputs(root: Path) -> dict[Path, str]:
     head, rest = readme.read_text().split(README_BEGIN)
     _, tail = rest.split(README_END)
     return {
-        performance: filled(performance.read_text(), sections(result, default)),
+        performance: filled(performance.read_text(), sections(result, default, load_gpus(root))),
         readme: f"{head}{README_BEGIN}\n{readme_table(result)}\n{README_END}{tail}",
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = os.environ.get("SPARK_FAST_BENCH") == "tiny"
 ALLOCATOR = os.environ.get("SPARK_FAST_BENCH_ALLOCATOR", "kept")  # "kept" or "default"
 

@@ -1,0 +1,1 @@
+"""The sections of `python -m bench.gpu_check`, one module each: `run(section)` records cases."""
