@@ -177,6 +177,17 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
         _forced_in_graphs.update(_forced.get() or {})
 
 
+@contextlib.contextmanager
+def forced_here(op: str, name: str) -> Iterator[None]:
+    """Forces the backend that `forced_in_graphs` told when the graph was made; backward passes run in other threads,
+    which do not see what `use_backend` set."""
+    token = _forced.set({**(_forced.get() or {}), op: name} if name else _forced.get())
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def forced_in_graphs(op: str) -> str:
     """The backend that `use_backend` forces for `op`, "" for none, as code that torch.compile traces may ask for it:
     the answer becomes part of the graph, which is made anew when it changes."""

@@ -1,0 +1,48 @@
+"""The reconstruction loss as torch.compile sees it (`spark_fast.ops.graph`)."""
+
+from __future__ import annotations
+
+import torch
+
+from spark_fast.ops import backend, graph
+from spark_fast.patches import ActivePatches
+
+
+def patch_loss(prediction, images, patches: ActivePatches) -> torch.Tensor:
+    """Of prediction and images in one dtype; without a gradient of the images."""
+    return forward(prediction, images, backend.forced_in_graphs("patch_loss"), *graph.tables(patches))
+
+
+@graph.op(
+    f"patch_loss_forward(Tensor prediction, Tensor images, str backend, {graph.TABLES}) -> Tensor",
+    fake=lambda prediction, *_: prediction.new_empty(()),
+)
+def forward(prediction, images, forced, *tables):
+    patches = ActivePatches.from_tables(*tables)
+    return graph.run("patch_loss", forced, prediction).forward(prediction, images, patches)
+
+
+@graph.op(
+    f"patch_loss_grad(Tensor grad, Tensor prediction, Tensor images, str backend, {graph.TABLES}) -> Tensor",
+    fake=lambda grad, prediction, *_: torch.empty_like(prediction),
+)
+def grad_prediction(grad, prediction, images, forced, *tables):
+    patches = ActivePatches.from_tables(*tables)
+    run = graph.run("patch_loss", forced, prediction)
+    found = run.grad_prediction(grad, prediction, images, patches)
+    out = torch.empty_like(prediction)
+    return found if found.stride() == out.stride() else out.copy_(found)
+
+
+def _keep(ctx, inputs, output) -> None:
+    prediction, images, ctx.forced, coords, grid_to_patch, ctx.per_image = inputs
+    ctx.save_for_backward(prediction, images, coords, grid_to_patch)
+
+
+def _backward(ctx, grad):
+    prediction, images, *tables = ctx.saved_tensors
+    rest = (ctx.forced, *tables, ctx.per_image)
+    return grad_prediction(grad, prediction, images, *rest), None, *(None for _ in rest)
+
+
+forward.register_autograd(_backward, setup_context=_keep)
