@@ -7,11 +7,10 @@ import torch
 from spark_fast.ops import backend, checks
 from spark_fast.ops.conv import graph
 from spark_fast.ops.conv.api import Conv2dFunction
+from spark_fast.ops.conv.cells import WINDOW
 from spark_fast.ops.graph import dense_tables
-from spark_fast.ops.window import Geometry, Window
+from spark_fast.ops.window import Geometry
 from spark_fast.patches import ActivePatches
-
-WINDOW = Window((3, 3), (1, 1), (1, 1))
 
 
 def dense_conv2d(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

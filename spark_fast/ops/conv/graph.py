@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from spark_fast.ops import backend, graph
+from spark_fast.ops.conv import cells
+from spark_fast.ops.graph import dense_tables
+from spark_fast.ops.window import Geometry
 
 
 def conv2d(features, weight, bias, groups: int, where: tuple) -> torch.Tensor:
@@ -60,3 +63,67 @@ def _backward(ctx, grad):
 
 
 forward.register_autograd(_backward, setup_context=_keep)
+
+
+def has_cells(device: torch.device) -> bool:
+    """Whether the backend that will run has the kernels of `up_composed`; the others have none."""
+    return device.type == "cpu" and backend.forced_in_graphs("conv") in ("", "cpu")
+
+
+def up_conv2d(images, up_weight, up_bias, weight) -> torch.Tensor:
+    return up_composed(images, up_weight, up_bias, weight, backend.forced_in_graphs("conv"))
+
+
+def _doubled(images, up_weight, up_bias, weight, forced):
+    batch, _, height, width = images.shape
+    return images.new_empty(batch, 2 * height, 2 * width, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+@graph.op(
+    "conv_up_composed(Tensor images, Tensor up_weight, Tensor up_bias, Tensor weight, str backend) -> Tensor",
+    fake=_doubled,
+)
+def up_composed(images, up_weight, up_bias, weight, forced):
+    return cells.composed(images, up_weight, up_bias, weight, graph.run("conv", forced, images))
+
+
+@graph.op(
+    "conv_cell_grad_input(Tensor grad, Tensor kernel, SymInt[] size, str backend) -> Tensor",
+    fake=lambda grad, kernel, size, forced: grad.new_empty(size[0] * size[1] * size[2], kernel.shape[1]),
+)
+def cell_grad_input(grad, kernel, size, forced):
+    geometry = Geometry.dense(size[0], tuple(size[1:]), cells.WINDOW, grad.device)
+    return graph.run("conv", forced, grad).cell_grad_input(grad, kernel, geometry)
+
+
+@graph.op(
+    "conv_cell_grad_weight(Tensor grad, Tensor rows, Tensor kernel, SymInt[] size, str backend) -> Tensor",
+    fake=lambda grad, rows, kernel, size, forced: kernel.new_empty(kernel.shape),
+)
+def cell_grad_weight(grad, rows, kernel, size, forced):
+    geometry = Geometry.dense(size[0], tuple(size[1:]), cells.WINDOW, grad.device)
+    return graph.run("conv", forced, grad).cell_grad_weight(grad, rows, geometry, kernel)
+
+
+def _keep_up(ctx, inputs, output) -> None:
+    *tensors, ctx.forced = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _up_backward(ctx, grad):
+    forced = ctx.forced
+
+    def convolve(rows, weight, count):
+        return forward(rows, weight, None, 1, forced, *dense_tables(None, count, (4, 4), cells.WIDE))
+
+    return *cells.composed_grads(
+        grad,
+        ctx.saved_tensors,
+        convolve,
+        lambda grad_rows, kernel, size: cell_grad_input(grad_rows, kernel, size, forced),
+        lambda grad_rows, rows, kernel, size: cell_grad_weight(grad_rows, rows, kernel, size, forced),
+        ctx.needs_input_grad[0],
+    ), None
+
+
+up_composed.register_autograd(_up_backward, setup_context=_keep_up)
