@@ -43,10 +43,16 @@ def op(schema: str, fake: Callable) -> Callable:
     return register
 
 
-def run(op: str, forced: str, like: torch.Tensor) -> ModuleType:
-    """The backend that runs `op` on tensors such as `like`; `forced` is its name, "" for the one that comes first."""
+def run(op: str, forced: str, first: torch.Tensor, *case: object) -> ModuleType:
+    """The backend that runs `op`; `forced` is its name, or "" for the one that `backend.select` chooses for the case,
+    whose first part is a tensor. Gradients give the case of their forward, so that the same backend runs."""
     with backend.forced_here(op, forced):
-        return backend.select(op, like.device, like.dtype)
+        return backend.select(op, first.device, first.dtype, first, *case)
+
+
+def input_rows(grad: torch.Tensor, channels: int, where: tuple) -> torch.Tensor:
+    """Stands for a window op's input rows, of which a gradient only knows what they look like; it has no memory."""
+    return grad.new_empty(1, 1).expand(rows_in(*where), channels)
 
 
 def tables(patches: ActivePatches) -> tuple:

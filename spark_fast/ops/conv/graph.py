@@ -23,7 +23,8 @@ def conv2d(features, weight, bias, groups: int, where: tuple) -> torch.Tensor:
 )
 def forward(features, weight, bias, groups, forced, *where):
     geometry = graph.geometry(features.device, *where)
-    return graph.run("conv", forced, features).forward(features, weight, bias, geometry, groups).contiguous()
+    run = graph.run("conv", forced, features, weight, geometry, groups)
+    return run.forward(features, weight, bias, geometry, groups).contiguous()
 
 
 @graph.op(
@@ -32,7 +33,9 @@ def forward(features, weight, bias, groups, forced, *where):
 )
 def grad_input(grad, weight, groups, forced, *where):
     geometry = graph.geometry(grad.device, *where)
-    return graph.run("conv", forced, grad).grad_input(grad.contiguous(), weight, geometry, groups).contiguous()
+    features = graph.input_rows(grad, weight.shape[1] * groups, where)
+    run = graph.run("conv", forced, features, weight, geometry, groups)
+    return run.grad_input(grad.contiguous(), weight, geometry, groups).contiguous()
 
 
 @graph.op(
@@ -42,7 +45,7 @@ def grad_input(grad, weight, groups, forced, *where):
 )
 def grad_weight(grad, features, weight, groups, forced, *where):
     geometry = graph.geometry(grad.device, *where)
-    run = graph.run("conv", forced, grad)
+    run = graph.run("conv", forced, features, weight, geometry, groups)
     return run.grad_weight(grad.contiguous(), features, geometry, groups, weight).contiguous()
 
 

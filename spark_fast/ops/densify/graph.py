@@ -23,7 +23,8 @@ def _rows(images, forced, coords, grid_to_patch, per_image):
 
 @graph.op(f"densify_gather(Tensor images, str backend, {graph.TABLES}) -> Tensor", fake=_rows)
 def gather(images, forced, *tables):
-    return graph.run("densify", forced, images).gather(images, ActivePatches.from_tables(*tables)).contiguous()
+    patches = ActivePatches.from_tables(*tables)
+    return graph.run("densify", forced, images, patches).gather(images, patches).contiguous()
 
 
 def _images(features, fill, side, forced, coords, grid_to_patch, per_image):
@@ -36,7 +37,8 @@ def _images(features, fill, side, forced, coords, grid_to_patch, per_image):
 )
 def scatter(features, fill, side, forced, *tables):
     patches = ActivePatches.from_tables(*tables)
-    return graph.run("densify", forced, features).scatter(features.contiguous(), patches, side, fill)
+    run = graph.run("densify", forced, features, patches, side)
+    return run.scatter(features.contiguous(), patches, side, fill)
 
 
 @graph.op(
@@ -45,7 +47,7 @@ def scatter(features, fill, side, forced, *tables):
 )
 def grad_fill(grad, forced, *tables):
     masked = ActivePatches.from_tables(*tables).complement()
-    return graph.run("densify", forced, grad).gather(grad, masked).sum(0)
+    return graph.run("densify", forced, grad, masked).gather(grad, masked).sum(0)
 
 
 def _keep_gather(ctx, inputs, output) -> None:

@@ -18,7 +18,8 @@ def depthwise_conv2d(features, weight, bias, geometry: Geometry) -> torch.Tensor
 )
 def forward(features, weight, bias, forced, *where):
     geometry = graph.geometry(features.device, *where)
-    return graph.run("depthwise", forced, features).forward(features, weight, bias, geometry).contiguous()
+    run = graph.run("depthwise", forced, features, weight, geometry)
+    return run.forward(features, weight, bias, geometry).contiguous()
 
 
 @graph.op(
@@ -27,7 +28,9 @@ def forward(features, weight, bias, forced, *where):
 )
 def grad_input(grad, weight, forced, *where):
     geometry = graph.geometry(grad.device, *where)
-    return graph.run("depthwise", forced, grad).grad_input(grad.contiguous(), weight, geometry).contiguous()
+    features = graph.input_rows(grad, grad.shape[1], where)
+    run = graph.run("depthwise", forced, features, weight, geometry)
+    return run.grad_input(grad.contiguous(), weight, geometry).contiguous()
 
 
 @graph.op(
@@ -36,7 +39,7 @@ def grad_input(grad, weight, forced, *where):
 )
 def grad_weight(grad, features, weight, forced, *where):
     geometry = graph.geometry(grad.device, *where)
-    run = graph.run("depthwise", forced, grad)
+    run = graph.run("depthwise", forced, features, weight, geometry)
     return run.grad_weight(grad.contiguous(), features, geometry, weight).contiguous()
 
 

@@ -18,18 +18,15 @@ def forward(prediction, images, patches: ActivePatches) -> torch.Tensor:
     return PatchLossFunction.apply(prediction, images, masked)
 
 
-def grad_prediction(grad, prediction, images, patches: ActivePatches) -> torch.Tensor:
-    masked = patches.complement()
-    if not masked.count:
-        return torch.zeros_like(prediction)
-    _, mean, root = _statistics(prediction, images, masked)
-    return _grad(grad, prediction, images, mean, root, masked)
-
-
 class PatchLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prediction, images, masked: ActivePatches):
-        error, mean, root = _statistics(prediction, images, masked)
+        mean, root = prediction.new_empty(2, masked.count)
+        error = torch.empty(masked.count, dtype=torch.float64)
+        native.module().patch_loss_forward(
+            _grid(prediction, images, masked), images.element_size(), address(images), address(prediction), EPS,
+            address(error), address(mean), address(root), torch.get_num_threads(),
+        )  # fmt: skip
         ctx.save_for_backward(prediction, images, mean, root)
         ctx.masked = masked
         return error.mean().to(prediction.dtype)
@@ -37,30 +34,16 @@ class PatchLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _grad(grad, *ctx.saved_tensors, ctx.masked), None, None
-
-
-def _statistics(prediction, images, masked: ActivePatches) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(M,) each: the mean squared error of each masked patch, and the mean and the root of its pixels."""
-    mean, root = prediction.new_empty(2, masked.count)
-    error = torch.empty(masked.count, dtype=torch.float64)
-    native.module().patch_loss_forward(
-        _grid(prediction, images, masked), images.element_size(), address(images), address(prediction), EPS,
-        address(error), address(mean), address(root), torch.get_num_threads(),
-    )  # fmt: skip
-    return error, mean, root
-
-
-def _grad(grad, prediction, images, mean, root, masked: ActivePatches) -> torch.Tensor:
-    values = prediction[0].numel() // masked.active[0].numel() * masked.count
-    out = torch.zeros_like(prediction)
-    if out.stride() != prediction.stride():  # a prediction with gaps or overlaps
-        prediction, out = prediction.contiguous(), torch.zeros_like(prediction.contiguous())
-    native.module().patch_loss_grad(
-        _grid(prediction, images, masked), images.element_size(), address(images), address(prediction),
-        address(mean), address(root), 2 / values, address(out), torch.get_num_threads(),
-    )  # fmt: skip
-    return out.mul_(grad)
+        prediction, images, mean, root = ctx.saved_tensors
+        values = prediction[0].numel() // ctx.masked.active[0].numel() * ctx.masked.count
+        out = torch.zeros_like(prediction)
+        if out.stride() != prediction.stride():  # a prediction with gaps or overlaps
+            prediction, out = prediction.contiguous(), torch.zeros_like(prediction.contiguous())
+        native.module().patch_loss_grad(
+            _grid(prediction, images, ctx.masked), images.element_size(), address(images), address(prediction),
+            address(mean), address(root), 2 / values, address(out), torch.get_num_threads(),
+        )  # fmt: skip
+        return out.mul_(grad), None, None
 
 
 def _grid(prediction, images, masked: ActivePatches) -> tuple:

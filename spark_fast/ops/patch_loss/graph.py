@@ -19,7 +19,7 @@ def patch_loss(prediction, images, patches: ActivePatches) -> torch.Tensor:
 )
 def forward(prediction, images, forced, *tables):
     patches = ActivePatches.from_tables(*tables)
-    return graph.run("patch_loss", forced, prediction).forward(prediction, images, patches)
+    return graph.run("patch_loss", forced, prediction, images, patches).forward(prediction, images, patches)
 
 
 @graph.op(
@@ -27,10 +27,17 @@ def forward(prediction, images, forced, *tables):
     fake=lambda grad, prediction, *_: torch.empty_like(prediction),
 )
 def grad_prediction(grad, prediction, images, forced, *tables):
-    patches = ActivePatches.from_tables(*tables)
-    run = graph.run("patch_loss", forced, prediction)
-    found = run.grad_prediction(grad, prediction, images, patches)
-    out = torch.empty_like(prediction)
+    patches, out = ActivePatches.from_tables(*tables), torch.empty_like(prediction)
+    if patches.count == patches.grid_to_patch.numel():
+        return out.zero_()
+    run = graph.run("patch_loss", forced, prediction, images, patches)
+    if hasattr(run, "grad_prediction"):
+        return out.copy_(run.grad_prediction(grad, prediction, images, patches))
+    # The backend's loss is an autograd.Function, which is recorded here too; PyTorch's own functions are not.
+    with torch.enable_grad():
+        prediction = prediction.detach().requires_grad_()
+        loss = run.forward(prediction, images, patches)
+    (found,) = torch.autograd.grad(loss, prediction, grad)
     return found if found.stride() == out.stride() else out.copy_(found)
 
 

@@ -21,6 +21,7 @@ def forward(prediction, images, patches: ActivePatches) -> torch.Tensor:
 
 
 def grad_prediction(grad, prediction, images, patches: ActivePatches) -> torch.Tensor:
+    """For graphs, inside which autograd records nothing."""
     masked = patches.complement()
     size = (masked.count, images[0].numel() // masked.active[0].numel())
     target, _, _ = normalize_patches(gather(images, masked).view(size))

@@ -15,6 +15,7 @@ def forward(prediction, images, patches: ActivePatches) -> torch.Tensor:
 
 
 def grad_prediction(grad, prediction, images, patches: ActivePatches) -> torch.Tensor:
+    """For graphs, inside which autograd records nothing."""
     masked = ~patches.active
     error = _error(prediction, images, patches)
     values = masked.sum().clamp(min=1) * max(error.shape[-1], 1)

@@ -20,7 +20,7 @@ def _outputs(features, forced, *where):
 @graph.op(f"pool_max_forward(Tensor features, str backend, {graph.GEOMETRY}) -> (Tensor, Tensor)", fake=_outputs)
 def forward(features, forced, *where):
     geometry = graph.geometry(features.device, *where)
-    out, argmax = graph.run("pool", forced, features).max_forward(features, geometry)
+    out, argmax = graph.run("pool", forced, features, geometry).max_forward(features, geometry)
     return out.contiguous(), argmax.contiguous()
 
 
@@ -30,7 +30,8 @@ def forward(features, forced, *where):
 )
 def grad_input(grad, argmax, forced, *where):
     geometry = graph.geometry(grad.device, *where)
-    return graph.run("pool", forced, grad).max_grad_input(grad.contiguous(), argmax, geometry).contiguous()
+    run = graph.run("pool", forced, graph.input_rows(grad, grad.shape[1], where), geometry)
+    return run.max_grad_input(grad.contiguous(), argmax, geometry).contiguous()
 
 
 def _keep(ctx, inputs, output) -> None:
