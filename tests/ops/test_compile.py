@@ -153,6 +153,7 @@ def functions(patches: sf.ActivePatches) -> dict:
     side, rows, c, gh, gw = 4, patches.rows(4), 16, *patches.grid
     x, image = tensor(rows, c), tensor(patches.batch, c, gh * side, gw * side)
     target = tensor(patches.batch, c, gh * side, gw * side, grad=False)
+    statistic = tensor(c, grad=False).abs()
     w3, w1, b = tensor(8, c, 3, 3), tensor(8, c, 1, 1), tensor(8)
     return {
         "conv2d": (lambda *t: conv2d(*t, patches, side, 2, 1)[0], (x, w3, b)),
@@ -165,6 +166,10 @@ def functions(patches: sf.ActivePatches) -> dict:
         "conv2d pointwise": (lambda *t: conv2d(*t, patches, side)[0], (x, w1, b)),
         "linear": (linear, (x, tensor(8, c), b)),
         "layer_norm": (layer_norm, (x, tensor(c), tensor(c))),
+        "batch_norm, residual": (
+            lambda x, r: batch_norm(x, statistic, statistic + 1, activation="relu6", residual=r),
+            (x, tensor(rows, c)),
+        ),
         "max_pool2d": (lambda x: max_pool2d(x, patches, side, 3, 2, 1)[0], (x,)),
         "avg_pool2d": (lambda x: avg_pool2d(x, patches, side, 3, 2, 1, count_include_pad=False)[0], (x,)),
         "gather_patches": (lambda image: gather_patches(image, patches), (image,)),
