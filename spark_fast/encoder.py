@@ -19,6 +19,29 @@ class _Done(Exception):  # noqa: N818  (a signal, not an error)
     """All wanted maps have been seen; what the model would do afterwards (head, pooling) is not needed."""
 
 
+class _Maps:
+    """The outputs of the wanted layers by name while an encoder runs; `found` is None at any other time."""
+
+    def __init__(self, wanted: int):
+        self.wanted = wanted
+        self.found: dict[str, SparseTensor | torch.Tensor] | None = None
+
+
+class _Tap:
+    """A forward hook that writes its layer's output down. It stays on the layer, where it does nothing while no encoder
+    runs: hooks that come and go with each call cannot be compiled."""
+
+    def __init__(self, name: str, maps: _Maps):
+        self.name, self.maps = name, maps
+
+    def __call__(self, module, args, output) -> None:
+        found = self.maps.found
+        if found is not None:
+            found[self.name] = output
+            if len(found) == self.maps.wanted:
+                raise _Done
+
+
 class Encoder(nn.Module):
     """A convnet and the layers whose outputs are its feature maps (paper, section 3.2).
 
@@ -59,6 +82,8 @@ class Encoder(nn.Module):
             raise ValueError("model_kwargs and drop_path_rate need a timm model name; set them on your module itself")
         self.model = model
         self.feature_layers = _feature_layers(model, feature_layers)
+        self.maps = _Maps(len(self.feature_layers or ()))
+        self.taps = [_Tap(name, self.maps) for name in self.feature_layers or ()]
         self.used: list[int] | None = None  # indices of the maps used; None while probing: all
         self._probe(in_chans, stages)
 
@@ -106,32 +131,24 @@ class Encoder(nn.Module):
                 )
         return maps
 
-    @torch.compiler.disable  # hooks and an early end: not for a graph
     def feature_maps(self, x: SparseTensor | torch.Tensor) -> list:
         """The feature maps used, finest first, of sparse or of dense images (then the network runs dense)."""
-        maps = self._hooked(x) if self.feature_layers else _as_list(self.model(x))
+        maps = self._tapped(x) if self.feature_layers else _as_list(self.model(x))
         return maps if self.used is None else [maps[i] for i in self.used]
 
-    def _hooked(self, x: SparseTensor | torch.Tensor) -> list:
-        found: dict[str, SparseTensor | torch.Tensor] = {}
-
-        def keep(name: str):
-            def hook(module, args, output):
-                found[name] = output
-                if len(found) == len(self.feature_layers):
-                    raise _Done
-
-            return hook
-
-        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.feature_layers]
+    def _tapped(self, x: SparseTensor | torch.Tensor) -> list:
+        for tap in self.taps:
+            layer = self.model.get_submodule(tap.name)
+            if not any(hook is tap for hook in layer._forward_hooks.values()):
+                layer.register_forward_hook(tap)
+        found = self.maps.found = {}
         run = getattr(self.model, "forward_features", self.model)
         try:
             run(x)
         except _Done:
             pass
         finally:
-            for handle in handles:
-                handle.remove()
+            self.maps.found = None
         missing = [name for name in self.feature_layers if name not in found]
         if missing:
             raise ValueError(f"feature_layers: {', '.join(missing)} did not run in {self.name}'s forward")

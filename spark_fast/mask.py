@@ -55,7 +55,8 @@ def random_patch_mask(
     keep = keep_count(grid, mask_ratio)
     gh, gw = grid
     draw_on = device if generator is None else generator.device
-    noise = torch.rand(batch, gh * gw, generator=generator, device=draw_on)
+    given = {} if generator is None else {"generator": generator}  # torch.compile of any batch knows no None here
+    noise = torch.rand(batch, gh * gw, device=draw_on, **given)
     kept = noise.argsort(dim=1)[:, :keep]  # (B, K)
     active = torch.zeros(batch, gh * gw, dtype=torch.bool, device=draw_on).scatter_(1, kept, True)
     return active.view(batch, gh, gw).to(device if device is not None else draw_on)

@@ -3,6 +3,7 @@
 Also: swapping a net's layers for their sparse siblings and back."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -299,3 +300,27 @@ def test_images_of_another_dtype_and_raw_masks_are_named():
         spark(torch.zeros(2, 3, 64, 64, dtype=torch.float64))
     with pytest.raises(TypeError, match="ActivePatches"):
         sf.SparseTensor.from_dense(torch.zeros(2, 3, 64, 64), spark.random_mask(2))
+
+
+def test_the_taps_are_idle_outside_the_encoder():
+    """Alone, in a copy, under a second encoder and after a forward that failed, the network is itself."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected, keys = model(images), set(model.state_dict())
+    first, second = sf.Encoder(model), sf.Encoder(model, stages=2)
+    for run in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(images), expected)
+    x = sf.SparseTensor.from_dense(images, sf.ActivePatches(torch.ones(2, 2, 2, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="conv2d"):
+        first(x.with_features(x.features[:, :2]))  # too few channels
+    assert torch.equal(model(images), expected) and set(model.state_dict()) == keys
+    assert [m.shape for m in copy.deepcopy(second)(x)] == [m.shape for m in first(x)[-2:]]
+
+
+def test_a_replaced_layer_is_seen():
+    encoder = sf.Encoder(timm.create_model("resnet10t", num_classes=0).eval())
+    encoder.model.layer4 = copy.deepcopy(encoder.model.layer4)
+    encoder.model.layer3 = torch.nn.Sequential(encoder.model.layer3)
+    x = sf.SparseTensor.from_dense(torch.randn(1, 3, 32, 32), sf.ActivePatches(torch.ones(1, 1, 1, dtype=torch.bool)))
+    assert [m.side for m in encoder(x)] == [8, 4, 2, 1]

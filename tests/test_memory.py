@@ -1,17 +1,18 @@
 """What a step allocates and asks of the host: no dense map inside the encoder, no data-dependent shape, no sync."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Callable
 
+import numpy
 import pytest
 import timm
 import torch
 from simulation import random_mask, stir
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watching import HostMade, Watch, host_reads, no_waiting
 
 import spark_fast as sf
+from spark_fast.ops.pool import avg_pool2d
 
 KWARGS = {
     "resnet26": {"layers": (1, 1, 1, 1), "channels": (32, 64, 96, 128)},
@@ -23,55 +24,6 @@ NETS = list(KWARGS)
 # 7x7 patches, 20 active: a dense map's size is a multiple of 49 and, with these channels, that of packed rows never is.
 # Channels are multiples of 32, so that weights repacked in blocks keep their size.
 GRID, KEEP, BATCH = (7, 7), 20, 2
-SYNCS = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "equal", "bincount")
-HOST_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-
-
-class Watch(TorchDispatchMode):
-    """Notes every output of every operation, and every operation whose result shape or value the host must wait for."""
-
-    def __init__(self):
-        super().__init__()
-        self.outputs: list[tuple[str, tuple[int, ...]]] = []
-        self.syncs: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name.strip("_") in [s.strip("_") for s in SYNCS]:
-            self.syncs.append(name)
-        indices = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_", "_unsafe_index") else []
-        if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
-            self.syncs.append(f"{name} with a bool mask")
-        if name == "repeat_interleave" and isinstance(tree_leaves(args)[-1], Tensor):
-            self.syncs.append(f"{name} with a tensor of repeats")
-        result = func(*args, **(kwargs or {}))
-        # a view allocates nothing, and so does a result that is one of the arguments
-        given = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
-        for out in tree_leaves(result):
-            if isinstance(out, Tensor) and out.numel() and out.untyped_storage().data_ptr() not in given:
-                self.outputs.append((name, tuple(out.shape)))
-        return result
-
-
-@contextmanager
-def host_reads(notes: list[str]) -> Iterator[None]:
-    """Notes the Tensor methods that hand values to Python (some of them dispatch nothing on a CPU tensor)."""
-    original = {name: getattr(Tensor, name) for name in HOST_METHODS}
-
-    def noting(name: str) -> Callable:
-        def method(self, *args, **kwargs):
-            notes.append(name)
-            return original[name](self, *args, **kwargs)
-
-        return method
-
-    try:
-        for name in HOST_METHODS:
-            setattr(Tensor, name, noting(name))
-        yield
-    finally:
-        for name, method in original.items():
-            setattr(Tensor, name, method)
 
 
 def build(name: str) -> tuple[sf.SparK, Tensor, sf.ActivePatches]:
@@ -164,21 +116,41 @@ def test_a_dense_encoder_is_noticed():
     assert {size(shape) for _, shape in watch.outputs} & maps
 
 
+@pytest.mark.parametrize("backend", [None, "library"])  # a GPU has PyTorch's own kernels or ours
 @pytest.mark.parametrize("name", NETS)
-def test_no_sync_and_no_data_dependent_shape(name):
+def test_no_sync_and_no_data_dependent_shape(name, backend):
     """With a mask that SparK draws itself, a step can be recorded: every shape is known beforehand."""
     spark, images, _ = build(name)
-    spark(images).backward()  # tables that are made once may be made here
-    notes = []
-    with Watch() as watch, host_reads(notes):
-        spark(images).backward()
-    assert watch.outputs
-    assert watch.syncs == [] and notes == []
+    with sf.use_backend(backend) if backend else contextlib.nullcontext():
+        spark(images).backward()  # tables that are made once may be made here
+        with no_waiting():
+            spark(images).backward()
+
+
+def test_average_pooling_does_not_wait():
+    """Its divisors differ at the border."""
+    patches = sf.ActivePatches(random_mask(BATCH, GRID, KEEP), per_image=KEEP)
+    rows = torch.randn(patches.rows(4), 5, requires_grad=True)
+    with no_waiting():
+        avg_pool2d(rows, patches, 4, 3, 2, 1, count_include_pad=False)[0].sum().backward()
 
 
 def test_a_sync_is_noticed():
     x, notes = torch.randn(4), []
-    with Watch() as watch, host_reads(notes):
+    with Watch() as watch, HostMade() as made, host_reads(notes):
         x[x > 0], x.nonzero(), float(x[0]), x.tolist(), bool((x > 0).all())
+        torch.tensor([1, 2]), x.new_tensor([1.0]), torch.from_numpy(numpy.ones(2))
     assert {"nonzero", "_local_scalar_dense", "index with a bool mask"} <= set(watch.syncs)
-    assert {"tolist", "__float__", "__bool__"} <= set(notes)
+    assert {"tolist", "__float__", "__bool__", "from_numpy"} <= set(notes)
+    assert made.notes == ["tensor", "new_tensor"]
+
+
+def test_patches_of_a_known_number_do_not_wait():
+    """Nor does what is derived from tables, nor the complement of unequal counts."""
+    active = torch.rand(BATCH, *GRID) < 0.5
+    unequal = sf.ActivePatches(active)
+    with no_waiting():
+        sf.ActivePatches(random_mask(BATCH, GRID, KEEP), per_image=KEEP).complement()
+        unequal.complement()
+        again = sf.ActivePatches.from_tables(unequal.coords, unequal.grid_to_patch)
+        assert again.count + again.complement().count == active.numel()

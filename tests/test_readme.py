@@ -41,14 +41,31 @@ def test_python_examples_run_in_order(folder, monkeypatch):
     assert names["dense"].shape == names["same"].shape == (4, 64, 32, 48)
 
 
+def commands_of(kind: str) -> list[list[str]]:
+    """The arguments of every `spark-fast` command in blocks of this kind: "" or " notest"."""
+    lines = [line for language, note, code in BLOCKS if (language, note) == ("sh", kind) for line in code.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("spark-fast")]
+
+
+def test_commands_for_a_gpu_are_understood(folder, monkeypatch, capsys):
+    """As far as the setting that needs one."""
+    from spark_fast.cli import main
+
+    monkeypatch.chdir(folder)
+    commands = commands_of(" notest")
+    assert commands
+    for command in commands:
+        assert main([*command, "--device", "cpu"]) == 2
+        assert "cuda_graph is True, which needs a CUDA GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_commands_run(folder, monkeypatch):
     """As written, but with a smaller network, image and run."""
     from spark_fast.cli import main
 
     monkeypatch.chdir(folder)
-    lines = [line for language, _, code in BLOCKS if language == "sh" for line in code.splitlines()]
-    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("spark-fast")]
+    commands = commands_of("")
     assert [c[0] for c in commands] == ["pretrain", "pretrain", "reconstruct", "export"]
     smaller = {"resnet50": "resnet18", "300": "1", "64": "4"}
     for command in commands:

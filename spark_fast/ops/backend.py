@@ -53,6 +53,9 @@ MEASURED = ("triton", "cuda")  # where both take a case, tables of measurements 
 OPTIONAL = ("cuda",)  # backends that a machine may lack; the next one in the order runs there
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)
+# The same, for torch.compile, which can watch a dictionary but, before torch 2.14, no ContextVar. It belongs to the
+# process: code compiled while another thread forces a backend takes that one too.
+_forced_in_graphs: dict[str, str] = {}
 
 
 class BackendError(RuntimeError):
@@ -169,10 +172,30 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
     if not chosen:
         raise ValueError(f"no backend {name!r}" + (f" of op {op!r}" if op else "") + f"; see {__name__}.ORDER")
     token = _forced.set({**(_forced.get() or {}), **dict.fromkeys(chosen, name)})
+    _forced_in_graphs.update(_forced.get())
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_in_graphs.clear()
+        _forced_in_graphs.update(_forced.get() or {})
+
+
+@contextlib.contextmanager
+def forced_here(op: str, name: str) -> Iterator[None]:
+    """Forces the backend that `forced_in_graphs` told when the graph was made; backward passes run in other threads,
+    which do not see what `use_backend` set."""
+    token = _forced.set({**(_forced.get() or {}), op: name} if name else _forced.get())
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_in_graphs(op: str) -> str:
+    """The backend that `use_backend` forces for `op`, "" for none, as code that torch.compile traces may ask for it:
+    the answer becomes part of the graph, which is made anew when it changes."""
+    return _forced_in_graphs.get(op, "")
 
 
 def report() -> list[dict[str, object]]:

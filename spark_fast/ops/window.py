@@ -97,7 +97,7 @@ def whole_images(batch: int, device: torch.device) -> ActivePatches:
         found = ActivePatches(torch.ones(batch, 1, 1, dtype=torch.bool, device=device), per_image=1)
         # What is made under FakeTensorMode or inference_mode is of no use outside.
         if type(found.coords) is torch.Tensor and not found.coords.is_inference():
-            if len(_whole) >= 64:
+            if device.type == "cpu" and len(_whole) >= 64:  # on a GPU a recorded graph may go on reading them
                 _whole.clear()
             _whole[batch, device] = found
     return found

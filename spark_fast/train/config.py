@@ -26,7 +26,7 @@ DROP_PATH = {
 
 # Settings of the machine or of the log; all others define the numbers of a run and are fixed once it has begun.
 MAY_CHANGE_ON_RESUME = frozenset(
-    ("data", "out", "resume", "initial_checkpoint", "device", "workers", "threads", "log_every")
+    ("data", "out", "resume", "initial_checkpoint", "device", "workers", "threads", "cuda_graph", "log_every")
     + ("checkpoint_every", "checkpoint_minutes", "reconstruct_every")
 )
 
@@ -128,6 +128,10 @@ class PretrainConfig:
     threads: int | None = None
     """Threads of torch on the CPU. None: torch's own choice."""
 
+    cuda_graph: bool = False
+    """Record forward, loss and backward of a step as a CUDA graph, so that small kernels need not wait for Python. The
+    numbers do not depend on it. Needs a CUDA GPU; not with amp_dtype float16."""
+
     checkpoint_every: int = 10
     """Epochs between checkpoints; one is written at the end and on Ctrl-C too."""
 
@@ -208,7 +212,11 @@ class PretrainConfig:
         for name, choices in _CHOICES.items():
             wanted = "one of " + ", ".join(choices)
             _require(getattr(self, name) in choices, ValueError, name, getattr(self, name), wanted)
-        _require(isinstance(self.resume, bool), TypeError, "resume", self.resume, "True or False")
+        for name in ("resume", "cuda_graph"):
+            _require(isinstance(getattr(self, name), bool), TypeError, name, getattr(self, name), "True or False")
+        if self.cuda_graph and self.amp_dtype == "float16":
+            wanted = "False with amp_dtype='float16', whose loss scale changes from step to step; bfloat16 needs none"
+            raise _error(ValueError, "cuda_graph", self.cuda_graph, wanted)
         self._check_shapes()
         return self
 

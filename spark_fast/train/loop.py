@@ -28,6 +28,7 @@ from spark_fast.train.checkpoint import (
     save_checkpoint,
 )
 from spark_fast.train.config import PretrainConfig
+from spark_fast.train.cuda_graph import RecordedGradients
 from spark_fast.train.data import Batch, list_images, load_pictures, make_loader, steps_per_epoch
 from spark_fast.train.progress import Progress
 from spark_fast.train.run_folder import RunFolder, check_new, check_same, stored_config
@@ -66,6 +67,7 @@ class State:
     finite: torch.Tensor
     step: int = 0
     steps: int = 0
+    recorded: RecordedGradients | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +101,8 @@ def pretrain(config: PretrainConfig | None = None, **settings: Any) -> PretrainR
     folder, device = RunFolder(config.out), choose_device(config.device)
     if config.amp_dtype == "float16" and device.type == "cpu":
         raise ValueError("amp_dtype is 'float16', which needs a GPU; use bfloat16 or none on the CPU")
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph is True, which needs a CUDA GPU; the device is {device}. Leave cuda_graph out")
     content, files = _open(config, folder)
     per_epoch = steps_per_epoch(config, len(files))
     pictures, _ = load_pictures(config, files, PICTURES)
@@ -221,8 +225,27 @@ def _train(
 
 def _step(config: PretrainConfig, state: State, images: torch.Tensor, step: int) -> torch.Tensor:
     """One optimiser step on images (B, C, H, W), with gradients averaged over micro-batches; the gradient norm."""
+    if config.cuda_graph and state.recorded is None:
+        changed = (state.loss_sum, state.finite)
+        state.recorded = RecordedGradients(lambda x: _gradients(config, state, x), state.model, changed, images)
     torch.manual_seed(derive_seed(config.seed, STEP, step))  # masks and drop path
-    state.optimizer.zero_grad(set_to_none=True)
+    if state.recorded is not None:
+        norm = state.recorded(images)
+    else:
+        state.optimizer.zero_grad(set_to_none=True)
+        norm = _gradients(config, state, images)
+    state.steps += 1
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return norm
+
+
+def _gradients(config: PretrainConfig, state: State, images: torch.Tensor) -> torch.Tensor:
+    """Adds the clipped gradients of a step to what the parameters have, and its loss to the sum; the gradient norm.
+
+    Nothing here waits for a GPU, so that it can be recorded. The optimiser's step cannot: learning rate, weight decay
+    and timm's bias corrections are numbers of the host that change with each step.
+    """
     dtype = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype]
     parts = config.grad_accum_steps
     for part in images.chunk(parts):
@@ -230,11 +253,8 @@ def _step(config: PretrainConfig, state: State, images: torch.Tensor, step: int)
             loss = state.model(part) / parts
         state.scaler.scale(loss).backward()
         state.loss_sum += loss.detach()
-    state.steps += 1
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad or math.inf)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
     # float16 overflows now and then by design: the scaler skips that step, only the loss must be finite.
     state.finite &= state.loss_sum.isfinite() & (norm.isfinite() if config.amp_dtype != "float16" else True)
     return norm

@@ -6,13 +6,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
+from spark_fast.ops.conv import graph
 from spark_fast.ops.depthwise.api import depthwise_conv2d
+from spark_fast.ops.graph import window_tables
 from spark_fast.ops.linear.api import linear
 from spark_fast.ops.window import Geometry, Window, pair
 from spark_fast.patches import ActivePatches
 
 
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def conv2d(
     features: torch.Tensor,
     weight: torch.Tensor,
@@ -61,6 +62,8 @@ def conv2d(
         return linear(features, weight.flatten(1), bias), geometry.side_out
     if groups == channels == out_channels and groups > 1:
         return depthwise_conv2d(features, weight, bias, geometry), geometry.side_out
+    if torch.compiler.is_compiling():
+        return graph.conv2d(features, weight, bias, groups, window_tables(geometry)), geometry.side_out
     run = backend.select("conv", features.device, features.dtype, features, weight, geometry, groups)
     return Conv2dFunction.apply(features, weight, bias, geometry, groups, run), geometry.side_out
 

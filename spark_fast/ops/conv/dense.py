@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from spark_fast.ops import backend, checks
+from spark_fast.ops.conv import graph
 from spark_fast.ops.conv.api import Conv2dFunction
-from spark_fast.ops.window import Geometry, Window
+from spark_fast.ops.conv.cells import WINDOW
+from spark_fast.ops.graph import dense_tables
+from spark_fast.ops.window import Geometry
 from spark_fast.patches import ActivePatches
 
-WINDOW = Window((3, 3), (1, 1), (1, 1))
 
-
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def dense_conv2d(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """torch.nn.functional.conv2d(images, weight, bias, padding=1) for 3x3 kernels.
 
@@ -33,11 +33,9 @@ def dense_conv2d(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     _check("dense_conv2d", images, weight, bias, images.shape[1])
     batch, channels, *size = images.shape
     rows = images.permute(0, 2, 3, 1).reshape(-1, channels)
-    geometry = Geometry.dense(batch, tuple(size), WINDOW, images.device)
-    return _apply(rows, weight, bias, geometry)
+    return _apply(rows, weight, bias, None, batch, tuple(size))
 
 
-@torch.compiler.disable
 def project(
     features: torch.Tensor,
     token: torch.Tensor,
@@ -68,9 +66,8 @@ def project(
     features, token, weight, bias = checks.autocast(features, token, weight, bias)
     checks.check_like("project", "token", token, features, (features.shape[1],))
     _check("project", features, weight, bias, features.shape[1])
-    out = _apply(features - token, weight, bias, Geometry.densifying(patches, side, WINDOW))
-    height, width = out.shape[2:]
-    return out + _constant(token, weight, (height, width))
+    size = (patches.grid[0] * side, patches.grid[1] * side)
+    return _apply(features - token, weight, bias, patches, patches.batch, size) + _constant(token, weight, size)
 
 
 def _constant(token: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -78,7 +75,9 @@ def _constant(token: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) 
     if min(size) < 2:
         raise ValueError(f"project: a map must be at least 2 pixels high and wide; got {size}")
     taps = torch.matmul(token, weight.flatten(2)).view(-1, 3, 3)  # (O, 3, 3)
-    inside = taps.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])  # taps of a first, an inner and a last pixel
+    inside = taps.new_ones(3, 3)  # which taps a first, an inner and a last pixel of a line have
+    inside[0, 0].zero_()
+    inside[2, 2].zero_()
     kinds = (inside @ taps @ inside)[None]  # (1, O, 3, 3)
     for axis, length in ((2, size[0]), (3, size[1])):
         first, inner, last = kinds.split(1, axis)
@@ -95,7 +94,15 @@ def _check(op: str, like: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     checks.check_like(op, "bias", bias, like, (weight.shape[0],))
 
 
-def _apply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
-    run = backend.select("conv", rows.device, rows.dtype, rows, weight, geometry, 1)
-    out = Conv2dFunction.apply(rows, weight, bias, geometry, 1, run)
-    return out.view(geometry.query.batch, *geometry.size_out, weight.shape[0]).permute(0, 3, 1, 2)
+def _apply(rows, weight, bias, patches: ActivePatches | None, batch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Dense maps (B, O, H, W) from the rows of `patches`, or of all pixels (None), of maps of `size`."""
+    if torch.compiler.is_compiling():
+        out = graph.conv2d(rows, weight, bias, 1, dense_tables(patches, batch, size, WINDOW))
+    else:
+        if patches is None:
+            geometry = Geometry.dense(batch, size, WINDOW, rows.device)
+        else:
+            geometry = Geometry.densifying(patches, size[0] // patches.grid[0], WINDOW)
+        run = backend.select("conv", rows.device, rows.dtype, rows, weight, geometry, 1)
+        out = Conv2dFunction.apply(rows, weight, bias, geometry, 1, run)
+    return out.view(batch, *size, weight.shape[0]).permute(0, 3, 1, 2)

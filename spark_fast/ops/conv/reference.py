@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn import grad as formula
 
 from spark_fast.ops.densify.reference import gather, scatter
 from spark_fast.ops.window import Geometry
@@ -17,18 +18,14 @@ def forward(features, weight, bias, geometry: Geometry, groups: int) -> torch.Te
 
 
 def grad_input(grad, weight, geometry: Geometry, groups: int) -> torch.Tensor:
-    features = grad.new_zeros(geometry.rows_in, weight.shape[1] * groups)
-    return _vjp(lambda x: forward(x, weight, None, geometry, groups), features, grad)
+    window, size = geometry.window, (geometry.source.batch, weight.shape[1] * groups, *geometry.size_in)
+    dense = scatter(grad, geometry.query, geometry.patch_out, None)
+    found = formula.conv2d_input(size, weight, dense, window.stride, window.padding, window.dilation, groups)
+    return gather(found, geometry.source)
 
 
 def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torch.Tensor:
-    return _vjp(lambda w: forward(features, w, None, geometry, groups), weight, grad)
-
-
-def _vjp(function, at: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        at = at.detach().requires_grad_()
-        out = function(at)
-        if not out.requires_grad:  # of no active pixel
-            return torch.zeros_like(at)
-        return torch.autograd.grad(out, at, grad, allow_unused=True, materialize_grads=True)[0]
+    window = geometry.window
+    source = scatter(features, geometry.source, geometry.patch_in, None)
+    dense = scatter(grad, geometry.query, geometry.patch_out, None)
+    return formula.conv2d_weight(source, weight.shape, dense, window.stride, window.padding, window.dilation, groups)

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
+from spark_fast.ops.densify import graph
 from spark_fast.patches import ActivePatches
 
 
@@ -23,6 +24,8 @@ def gather_patches(images: torch.Tensor, patches: ActivePatches) -> torch.Tensor
         TypeError, ValueError: images do not fit the patches; the message says how.
     """
     check_images(images, patches)
+    if torch.compiler.is_compiling():
+        return graph.gather_patches(images, patches)
     return GatherPatches.apply(images, patches, backend.select("densify", images.device, images.dtype, images, patches))
 
 
@@ -43,6 +46,8 @@ def scatter_patches(
     """
     checks.check_rows("scatter_patches", features, patches, side)
     checks.check_like("scatter_patches", "fill", fill, features, (features.shape[1],))
+    if torch.compiler.is_compiling():
+        return graph.scatter_patches(features, patches, side, fill)
     run = backend.select("densify", features.device, features.dtype, features, patches, side)
     return ScatterPatches.apply(features, fill, patches, side, run)
 

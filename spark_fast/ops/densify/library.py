@@ -16,6 +16,8 @@ def gather(images, patches: ActivePatches) -> torch.Tensor:
 def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
     (gh, gw), channels = patches.grid, features.shape[1]
     shape = (patches.batch, gh, side, gw, side, channels)
-    dense = features.new_zeros(shape) if fill is None else fill.expand(shape).contiguous()
+    dense = (
+        features.new_zeros(shape) if fill is None else fill.expand(shape).clone(memory_format=torch.contiguous_format)
+    )
     dense.transpose(2, 3)[patches.index] = features.view(-1, side, side, channels)
     return dense.view(patches.batch, gh * side, gw * side, channels).permute(0, 3, 1, 2)

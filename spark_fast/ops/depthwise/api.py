@@ -6,10 +6,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend
+from spark_fast.ops.depthwise import graph
 from spark_fast.ops.window import Geometry
 
 
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def depthwise_conv2d(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
@@ -24,6 +24,8 @@ def depthwise_conv2d(
     Returns:
         rows (geometry.rows_out, C).
     """
+    if torch.compiler.is_compiling():
+        return graph.depthwise_conv2d(features, weight, bias, geometry)
     run = backend.select("depthwise", features.device, features.dtype, features, weight, geometry)
     return DepthwiseFunction.apply(features, weight, bias, geometry, run)
 

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from spark_fast.ops.densify.reference import gather, scatter
+from spark_fast.ops.conv import reference as conv
 from spark_fast.ops.window import Geometry
 
 
 def forward(features, weight, bias, geometry: Geometry) -> torch.Tensor:
-    window = geometry.window
-    dense = scatter(features, geometry.patches, geometry.side_in, None)
-    out = F.conv2d(dense, weight, bias, window.stride, window.padding, window.dilation, features.shape[1])
-    return gather(out, geometry.patches)
+    return conv.forward(features, weight, bias, geometry, weight.shape[0])
 
 
 def grad_input(grad, weight, geometry: Geometry) -> torch.Tensor:
-    features = grad.new_zeros(geometry.rows_in, grad.shape[1])
-    return _vjp(lambda x: forward(x, weight, None, geometry), features, grad)
+    return conv.grad_input(grad, weight, geometry, weight.shape[0])
 
 
 def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
-    return _vjp(lambda w: forward(features, w, None, geometry), weight, grad)
-
-
-def _vjp(function, at: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        at = at.detach().requires_grad_()
-        out = function(at)
-        if not out.requires_grad:  # of no active pixel
-            return torch.zeros_like(at)
-        return torch.autograd.grad(out, at, grad, allow_unused=True, materialize_grads=True)[0]
+    return conv.grad_weight(grad, features, geometry, weight.shape[0], weight)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
+from spark_fast.ops.norm import graph
 
 IN_PLACE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
 
 
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def batch_norm(
     features: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -57,8 +57,12 @@ def batch_norm(
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     _check_vectors("batch_norm", features, vectors)
     checks.check_like("batch_norm", "residual", residual, features, tuple(features.shape))
-    run = backend.select("norm", features.device, features.dtype, features)
     running, settings = (running_mean, running_var), (bool(training), float(momentum), float(eps))
+    if torch.compiler.is_compiling():
+        fused = activation if residual is None else None
+        out = graph.batch_norm(features, *running, weight, bias, *settings, fused)
+        return out if residual is None else IN_PLACE[activation](out + residual)
+    run = backend.select("norm", features.device, features.dtype, features)
     if residual is None or hasattr(run, "FUSES_RESIDUAL"):
         return BatchNormFunction.apply(features, weight, bias, residual, running, (*settings, activation), run)
     out = BatchNormFunction.apply(features, weight, bias, None, running, (*settings, None), run)
@@ -99,7 +103,6 @@ def batch_norm_dense(
     return out.view(rows.shape).permute(0, 3, 1, 2)
 
 
-@torch.compiler.disable
 def layer_norm(
     features: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -110,6 +113,8 @@ def layer_norm(
     """
     _check("layer_norm", features)
     _check_vectors("layer_norm", features, {"weight": weight, "bias": bias})
+    if torch.compiler.is_compiling():
+        return graph.layer_norm(features, weight, bias, float(eps))
     run = backend.select("norm", features.device, features.dtype, features)
     return LayerNormFunction.apply(features, weight, bias, float(eps), run)
 

@@ -6,6 +6,7 @@ import torch
 
 from spark_fast.ops import backend
 from spark_fast.ops.densify.api import check_images
+from spark_fast.ops.patch_loss import graph
 from spark_fast.patches import ActivePatches
 
 EPS = 1e-6  # added to the variance of a patch
@@ -18,7 +19,6 @@ def normalize_patches(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (patches - mean) / root, mean, root
 
 
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
     """Mean squared error against the per-patch normalised pixels, over the masked patches (paper, section 3.3).
 
@@ -40,6 +40,11 @@ def patch_loss(prediction: torch.Tensor, images: torch.Tensor, patches: ActivePa
     from spark_fast.ops.patch_loss import library  # which imports this module
 
     check_images(images, patches)
+    if torch.compiler.is_compiling():
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        # A gradient of the images too is that of the formula, which a graph can hold.
+        formula = images.requires_grad and torch.is_grad_enabled()
+        return (library.forward if formula else graph.patch_loss)(prediction.to(dtype), images.to(dtype), patches)
     run = backend.select("patch_loss", prediction.device, prediction.dtype, prediction, images, patches)
     if images.requires_grad and torch.is_grad_enabled() and not run.__name__.endswith((".library", ".reference")):
         run = library  # the kernels take the images as the target only, and have no gradient of them

@@ -7,11 +7,11 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
 from spark_fast.ops.depthwise.api import depthwise_conv2d
+from spark_fast.ops.pool import graph
 from spark_fast.ops.window import Geometry, Window, pair
 from spark_fast.patches import ActivePatches
 
 
-@torch.compiler.disable  # the kernels take addresses, which a traced graph does not have
 def max_pool2d(
     features: torch.Tensor,
     patches: ActivePatches,
@@ -40,11 +40,12 @@ def max_pool2d(
     if window.taps > torch.iinfo(torch.int16).max:
         raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {window.kernel}")
     geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
+    if torch.compiler.is_compiling():
+        return graph.max_pool2d(features, geometry), geometry.side_out
     run = backend.select("pool", features.device, features.dtype, features, geometry)
     return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
 
 
-@torch.compiler.disable
 def avg_pool2d(
     features: torch.Tensor,
     patches: ActivePatches,
@@ -84,20 +85,34 @@ def _window(op: str, kernel_size, stride, padding, dilation) -> Window:
 
 def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor | int:
     """Elements in each output row's window: (rows_out, 1), or a number where all are equal."""
-    lengths = []
-    for axis in (0, 1):
-        size, kernel = geometry.size_in[axis], geometry.window.kernel[axis]
-        padding, stride = geometry.window.padding[axis], geometry.window.stride[axis]
-        low, high = (-padding, size + padding) if count_include_pad else (0, size)
-        starts = [o * stride - padding for o in range(geometry.size_out[axis])]
-        lengths.append([min(s + kernel, size + padding, high) - max(s, low) for s in starts])
+    patches, side = geometry.patches, geometry.side_out
+    lengths = [_window_lengths(geometry, axis, count_include_pad) for axis in (0, 1)]
     if all(min(length) == max(length) for length in lengths):
         return lengths[0][0] * lengths[1][0]
-    vertical, horizontal = (torch.tensor(length, device=geometry.patches.device) for length in lengths)
-    patches, side = geometry.patches, geometry.side_out
+    vertical, horizontal = (_on_device(length, patches.device) for length in lengths)
     area = vertical[:, None] * horizontal  # (H_out, W_out)
     by_patch = area.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)  # (gh, gw, side, side)
     return by_patch[patches.index[1], patches.index[2]].reshape(-1, 1)
+
+
+def _window_lengths(geometry: Geometry, axis: int, count_include_pad: bool) -> list[int]:
+    """The pixels of each output coordinate's window along an axis."""
+    size, kernel = geometry.size_in[axis], geometry.window.kernel[axis]
+    padding, stride = geometry.window.padding[axis], geometry.window.stride[axis]
+    low, high = (-padding, size + padding) if count_include_pad else (0, size)
+    starts = [o * stride - padding for o in range(geometry.size_out[axis])]
+    return [min(s + kernel, size + padding, high) - max(s, low) for s in starts]
+
+
+def _on_device(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """The lengths as a tensor, which differ from their middle one at both ends only: filled in there, since a copy from
+    the host makes a GPU wait, and cannot be recorded in a CUDA graph."""
+    middle = lengths[len(lengths) // 2]
+    out = torch.full((len(lengths),), middle, device=device)
+    for place, length in enumerate(lengths):
+        if length != middle:
+            out[place].fill_(length)
+    return out
 
 
 def trial(run, features, geometry: Geometry) -> None:
