@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -56,10 +57,35 @@ def instruction_set(request):
     native.module().set_isa(best)
 
 
+@pytest.fixture(scope="session")
+def triton_problem() -> str | None:
+    """Why Triton's kernels cannot be tested here, or None."""
+    if triton_launch.unavailable() or not triton_launch.interpreted():
+        return triton_launch.unavailable()
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def sum_of(out, count):
+        total = 0
+        for i in range(count):
+            total += i
+        tl.store(out, total)
+
+    try:
+        sum_of[(1,)](torch.zeros(1, dtype=torch.int32), 3)
+    except Exception as error:
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__} ({error}): "
+            "a newer Triton or pip install 'numpy<2.4' will do"
+        )
+    return None
+
+
 @pytest.fixture
-def on_triton():
+def on_triton(triton_problem):
     """The device on which Triton's kernels run, and they are forced meanwhile: a GPU, or the CPU in the interpreter."""
-    if triton_launch.unavailable():
-        pytest.skip(triton_launch.unavailable())
+    if triton_problem:
+        pytest.skip(triton_problem)
     with sf.use_backend("triton"):
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
