@@ -28,11 +28,11 @@ def batch_norm_backward(
     grad = _before(activation, grad, features, weight, bias, mean, rstd)
     if not training:
         scale = rstd if weight is None else rstd * weight
-        return grad * scale, (grad * (features - mean)).sum(0) * rstd, grad.sum(0)
+        return grad * scale, (grad * (features - mean)).sum(0) * rstd, _sum(grad)
     image, grad_weight, _ = torch.ops.aten.native_batch_norm_backward(
         _image(grad), _image(features), weight, None, None, mean, rstd, True, 0.0, (True, weight is not None, False)
     )
-    return _rows(image), grad_weight, grad.sum(0)
+    return _rows(image), grad_weight, _sum(grad)
 
 
 def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,6 +48,11 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
     return torch.ops.aten.native_layer_norm_backward(
         grad, features, features.shape[1:], mean, rstd, weight, bias, wanted
     )
+
+
+def _sum(grad: torch.Tensor) -> torch.Tensor:
+    """Over the rows, not rounded to half precision, which the bias need not have."""
+    return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _packed(vector: torch.Tensor | None) -> torch.Tensor | None:
