@@ -111,7 +111,8 @@ def test_a_few_graphs_when_the_batch_changes():
     model = stir(sf.SparK(Net(), img_size=32, mask_ratio=0.5, decoder_width=32)).double().train()
     graphs = CompileCounterWithBackend("aot_eager")
     compare_steps(model, graphs, EXACT, [None] * 5, batches=(2, 3, 4, 6, 5))
-    assert graphs.frame_count <= 3
+    symbolic = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # before, each size makes a graph
+    assert graphs.frame_count <= (3 if symbolic else 5)
 
 
 @pytest.mark.slow
