@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spark_fast.ops import triton_launch
+from spark_fast.ops import triton_launch, window
 from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window, axis_table
 from spark_fast.patches import ActivePatches
 
@@ -64,6 +64,16 @@ def test_impossible_geometries_are_named(some_patches):
         Geometry.of(some_patches, 1, Window((9, 9)))
     with pytest.raises(ValueError, match="stride"):
         Window((3, 3), (0, 1))
+
+
+def test_tables_made_while_a_cuda_graph_is_captured_are_not_kept(monkeypatch):
+    monkeypatch.setattr(window, "_whole", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = window.whole_images(3, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = window.whole_images(3, torch.device("cpu"))
+    assert kept is not captured and window.whole_images(3, torch.device("cpu")) is kept
 
 
 @pytest.mark.parametrize(
