@@ -175,7 +175,9 @@ def versions() -> dict[str, str]:
     """What a measurement depends on besides its key: a change of any of these voids the cache."""
     import triton
 
-    kernels = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*triton*.py"))))
+    folder = Path(__file__).parent
+    files = [*sorted(folder.rglob("*triton*.py")), *sorted(folder.parent.glob("_native_cuda*"))]
+    kernels = sha256(b"".join(path.read_bytes() for path in files))
     return {"kernels": kernels.hexdigest()[:16], "torch": torch.__version__, "triton": triton.__version__}
 
 

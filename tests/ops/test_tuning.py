@@ -146,10 +146,16 @@ def test_versions_change_with_the_kernels_source(monkeypatch, tmp_path):
     try:
         before = tuning.versions()
         assert set(before) == {"kernels", "torch", "triton"}
-        (tmp_path / "triton.py").write_text("other")
-        monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+        folder = tmp_path / "ops"
+        folder.mkdir()
+        (folder / "triton.py").write_text("other")
+        monkeypatch.setattr(tuning, "__file__", str(folder / "tuning.py"))
         tuning.versions.cache_clear()
-        assert tuning.versions()["kernels"] != before["kernels"]
+        other = tuning.versions()
+        assert other["kernels"] != before["kernels"]
+        (tmp_path / "_native_cuda.so").write_text("CUDA kernels, against which Triton's are measured")
+        tuning.versions.cache_clear()
+        assert tuning.versions()["kernels"] != other["kernels"]
     finally:
         tuning.versions.cache_clear()
 
