@@ -53,9 +53,10 @@ MEASURED = ("triton", "cuda")  # where both take a case, tables of measurements 
 OPTIONAL = ("cuda",)  # backends that a machine may lack; the next one in the order runs there
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("spark_fast_backend", default=None)
-# The same, for torch.compile, which can watch a dictionary but, before torch 2.14, no ContextVar. It belongs to the
-# process: code compiled while another thread forces a backend takes that one too.
-_forced_in_graphs: dict[str, str] = {}
+# The same for the process. It counts in threads that have forced nothing themselves: a checkpointed forward is computed
+# again by the backward pass, which on a GPU runs in a thread of PyTorch's own. And in torch.compile, which can watch a
+# dictionary but, before torch 2.14, no ContextVar.
+_forced_anywhere: dict[str, str] = {}
 
 
 class BackendError(RuntimeError):
@@ -86,7 +87,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *cas
             case.
     """
     order = _order(op, device.type, dtype)
-    forced = (_forced.get() or {}).get(op)
+    given = _forced.get()
+    forced = (_forced_anywhere if given is None else given).get(op)
     if forced is not None:
         if forced not in order and not (forced == "triton" and device.type == "cpu" and interpreted()):
             raise BackendError(
@@ -172,13 +174,13 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
     if not chosen:
         raise ValueError(f"no backend {name!r}" + (f" of op {op!r}" if op else "") + f"; see {__name__}.ORDER")
     token = _forced.set({**(_forced.get() or {}), **dict.fromkeys(chosen, name)})
-    _forced_in_graphs.update(_forced.get())
+    _forced_anywhere.update(_forced.get())
     try:
         yield
     finally:
         _forced.reset(token)
-        _forced_in_graphs.clear()
-        _forced_in_graphs.update(_forced.get() or {})
+        _forced_anywhere.clear()
+        _forced_anywhere.update(_forced.get() or {})
 
 
 @contextlib.contextmanager
@@ -195,7 +197,7 @@ def forced_here(op: str, name: str) -> Iterator[None]:
 def forced_in_graphs(op: str) -> str:
     """The backend that `use_backend` forces for `op`, "" for none, as code that torch.compile traces may ask for it:
     the answer becomes part of the graph, which is made anew when it changes."""
-    return _forced_in_graphs.get(op, "")
+    return _forced_anywhere.get(op, "")
 
 
 def report() -> list[dict[str, object]]:

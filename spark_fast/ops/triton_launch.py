@@ -72,6 +72,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+def is_recording() -> bool:
+    """Are launches listed instead of run, so that results have no values?"""
+    return _recorder.get() is not None
+
+
 def packed(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors as kernels read them: contiguous, without a pending negation."""
     return tuple(None if t is None else t.contiguous().resolve_neg() for t in tensors)

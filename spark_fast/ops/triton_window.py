@@ -10,6 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from spark_fast.ops.triton_launch import LARGEST
 from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window
 
 MOST_PIXELS = 8  # of a run: their sums stay in registers
@@ -24,7 +25,17 @@ def window_constant(geometry: Geometry, transposed: bool = False) -> tuple[int, 
 
     0-1 query patch (height, width in pixels), 2-3 source patch, 4 kernel width, 5-6 stride (rows, columns),
     7-8 padding, 9-10 dilation, 11 transposed.
+
+    Raises:
+        ValueError: rows, places in tables or cells of a grid are more than the kernels, which number them in 32 bits,
+            can count.
     """
+    for patches, rows in ((geometry.source, geometry.rows_in), (geometry.query, geometry.rows_out)):
+        if max(rows, 3 * patches.count, patches.grid_to_patch.numel()) > LARGEST:
+            raise ValueError(
+                f"the Triton kernels take at most {LARGEST} rows and cells of grids, and {LARGEST // 3} patches; got "
+                f"{rows}, {patches.grid_to_patch.numel()} and {patches.count}. Use a smaller batch"
+            )
     window = geometry.window
     source, query = geometry.patch_in, geometry.patch_out
     if transposed:

@@ -14,7 +14,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -30,8 +29,9 @@ Result = TypeVar("Result")
 TABLES = Path(__file__).parent / "tables"
 _found: dict[str, dict[str, Config]] = {}  # GPU -> key -> the config in use
 _looked_up: dict[tuple, Config | None] = {}  # the same by argument, for speed; None: nothing is known
-_forced: ContextVar[Config | None] = ContextVar("spark_fast_forced_config", default=None)
-_autotune: ContextVar[tuple[bool, bool] | None] = ContextVar("spark_fast_autotune", default=None)
+# Of the process, not of a thread: on a GPU, backward passes run in threads of PyTorch's own.
+_forced: Config | None = None
+_autotune: tuple[bool, bool] | None = None
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
         default: the rule of thumb's choice.
         function: runs the kernel, and may be called several times.
     """
-    config = _forced.get() or best(kernel, case, rows, configs, function, device)
+    config = _forced or best(kernel, case, rows, configs, function, device)
     return function(config or default)
 
 
@@ -78,7 +78,10 @@ def best(
         _looked_up[place] = _known(_gpu(device.index), _key(kernel, case), bucket, configs)
     config = _looked_up[place]
     if config is None and _may_measure():
-        config = _measure(configs, function)
+        with torch.cuda.device(device):  # whose stream is looked at, and timed
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            config = _measure(configs, function)
         _remember(_gpu(device.index), f"{_key(kernel, case)}|2^{bucket}", config)
     return config
 
@@ -104,8 +107,8 @@ def _known(gpu: str, key: str, bucket: int, configs: Sequence[Config]) -> Config
 
 
 def _may_measure() -> bool:
-    wanted, in_group = _autotune.get() or (os.environ.get("SPARK_FAST_AUTOTUNE") == "1", False)
-    if not wanted or torch.cuda.is_current_stream_capturing():
+    wanted, in_group = _autotune or (os.environ.get("SPARK_FAST_AUTOTUNE") == "1", False)
+    if not wanted:
         return False
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return in_group or not distributed
@@ -172,7 +175,9 @@ def versions() -> dict[str, str]:
     """What a measurement depends on besides its key: a change of any of these voids the cache."""
     import triton
 
-    kernels = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*triton*.py"))))
+    folder = Path(__file__).parent
+    files = [*sorted(folder.rglob("*triton*.py")), *sorted(folder.parent.glob("_native_cuda*"))]
+    kernels = sha256(b"".join(path.read_bytes() for path in files))
     return {"kernels": kernels.hexdigest()[:16], "torch": torch.__version__, "triton": triton.__version__}
 
 
@@ -189,18 +194,20 @@ def autotune(enabled: bool = True, in_process_group: bool = False) -> Iterator[N
         enabled: False forbids it, whatever SPARK_FAST_AUTOTUNE says.
         in_process_group: measure even when torch.distributed is initialised.
     """
-    token = _autotune.set((enabled, in_process_group))
+    global _autotune
+    before, _autotune = _autotune, (enabled, in_process_group)
     try:
         yield
     finally:
-        _autotune.reset(token)
+        _autotune = before
 
 
 @contextlib.contextmanager
 def forced(config: Config) -> Iterator[None]:
     """Inside, every kernel runs with `config`: for tests and benchmarks of one kernel."""
-    token = _forced.set(config)
+    global _forced
+    before, _forced = _forced, config
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before

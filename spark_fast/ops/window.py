@@ -95,8 +95,10 @@ def whole_images(batch: int, device: torch.device) -> ActivePatches:
     found = _whole.get((batch, device))
     if found is None:
         found = ActivePatches(torch.ones(batch, 1, 1, dtype=torch.bool, device=device), per_image=1)
-        # What is made under FakeTensorMode or inference_mode is of no use outside.
-        if type(found.coords) is torch.Tensor and not found.coords.is_inference():
+        # What is made under FakeTensorMode or inference_mode is of no use outside, and what a CUDA graph makes has no
+        # values until it is replayed.
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if type(found.coords) is torch.Tensor and not found.coords.is_inference() and not captured:
             if device.type == "cpu" and len(_whole) >= 64:  # on a GPU a recorded graph may go on reading them
                 _whole.clear()
             _whole[batch, device] = found

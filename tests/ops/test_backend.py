@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_forcing_is_scoped_and_nests():
             assert backend.select("pool", cpu).__name__.endswith(".reference")
         assert backend.select("conv", cpu).__name__.endswith(".reference")
     assert backend.select("conv", cpu).__name__.endswith(".cpu")
+
+
+def test_a_checkpointed_forward_is_computed_again_by_the_backend_that_is_forced():
+    """By the backward pass, in a thread of its own on a GPU."""
+
+    def in_another_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(backend.select, "conv", torch.device("cpu")).result().__name__
+
+    with sf.use_backend("reference"):
+        with sf.use_backend("library", "conv"):
+            assert in_another_thread().endswith(".library")
+        assert in_another_thread().endswith(".reference")
+    assert in_another_thread().endswith(".cpu")
 
 
 def test_wrong_names_are_refused():

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spark_fast as sf
 from spark_fast import use_backend
-from spark_fast.ops import tuning
+from spark_fast.ops import triton_launch, tuning
 from spark_fast.ops.conv import configs, conv2d, reference
 from spark_fast.ops.window import Geometry, Window
 
@@ -159,6 +159,33 @@ def test_triton_refuses_tensors_without_memory(some_patches, on_triton):
         x, w, b = (mode.from_tensor(t) for t in make(TRITON_SHAPES["3x3 side 1"], some_patches, torch.float32))
         with pytest.raises(TypeError, match="plain tensors"):
             run(TRITON_SHAPES["3x3 side 1"], some_patches, x, w, b)
+
+
+def test_triton_launches_that_are_only_recorded_leave_no_tables_behind(some_patches, on_triton, monkeypatch):
+    from spark_fast.ops.conv import triton
+
+    monkeypatch.setattr(triton, "_schedule", lambda *_: ("unwritten",))
+    geometry = Geometry.of(some_patches, 1, Window((3, 3), (1, 1), (1, 1)))
+    with triton_launch.recording():
+        assert triton.schedule(geometry, False, 16) == ("unwritten",)
+    assert not some_patches.derived
+
+
+def test_triton_measurements_hold_for_one_kernel_size(some_patches, on_triton, monkeypatch):
+    """(1, 1) and (3, 1) are otherwise alike, and for few channels run with configurations of different lists."""
+    cases = []
+
+    def best(kernel, case, *_):
+        cases.append((kernel, case))
+
+    monkeypatch.setattr(tuning, "best", best)
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    for height in (1, 3):
+        x, w = torch.randn(patches.rows(3), 4, device=on_triton), torch.randn(5, 4, height, 1, device=on_triton)
+        with use_backend("triton", "conv"):
+            out, _ = conv2d(x.requires_grad_(), w.requires_grad_(), None, patches, 3, 3)
+            out.sum().backward()
+    assert len(cases) == len(set(cases)) == 6
 
 
 def test_triton_schedule(some_patches, on_triton):

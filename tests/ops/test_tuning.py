@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,13 +20,21 @@ TIMES = {32: 3.0, 64: 1.0, 128: 2.0}
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A GPU called "Test GPU 1" on which a configuration takes its time of TIMES; lists the measured ones."""
-    measured = []
+    measured, current = [], [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def switched(device):
+        current.append(device)
+        yield
+        current.pop()
 
     def milliseconds(function):
+        assert current[-1] is GPU, "measured on another GPU's stream"
         block = function()["BLOCK"]
         measured.append(block)
         return TIMES[block]
 
+    monkeypatch.setattr(torch.cuda, "device", switched)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
@@ -73,6 +83,18 @@ def test_autotune_measures_once_and_another_process_finds_the_result(gpu):
     assert chosen() == CONFIGS[1]
     assert gpu == [32, 64, 128]
     assert list(cached()["entries"]) == ["conv.gather|bf16|64|2^10"]
+
+
+def test_backward_passes_which_have_threads_of_their_own_are_measured_and_forced_too(gpu):
+    def in_another_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(chosen).result()
+
+    assert in_another_thread() == CONFIGS[0]
+    with tuning.forced({"BLOCK": 5}):
+        assert in_another_thread() == {"BLOCK": 5}
+    with sf.autotune():
+        assert in_another_thread() == CONFIGS[1]
 
 
 def test_the_environment_can_ask_for_it(gpu, monkeypatch):
@@ -124,10 +146,16 @@ def test_versions_change_with_the_kernels_source(monkeypatch, tmp_path):
     try:
         before = tuning.versions()
         assert set(before) == {"kernels", "torch", "triton"}
-        (tmp_path / "triton.py").write_text("other")
-        monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+        folder = tmp_path / "ops"
+        folder.mkdir()
+        (folder / "triton.py").write_text("other")
+        monkeypatch.setattr(tuning, "__file__", str(folder / "tuning.py"))
         tuning.versions.cache_clear()
-        assert tuning.versions()["kernels"] != before["kernels"]
+        other = tuning.versions()
+        assert other["kernels"] != before["kernels"]
+        (tmp_path / "_native_cuda.so").write_text("CUDA kernels, against which Triton's are measured")
+        tuning.versions.cache_clear()
+        assert tuning.versions()["kernels"] != other["kernels"]
     finally:
         tuning.versions.cache_clear()
 

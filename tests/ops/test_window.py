@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spark_fast.ops import triton_launch, window
 from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window, axis_table
+from spark_fast.patches import ActivePatches
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -62,3 +64,29 @@ def test_impossible_geometries_are_named(some_patches):
         Geometry.of(some_patches, 1, Window((9, 9)))
     with pytest.raises(ValueError, match="stride"):
         Window((3, 3), (0, 1))
+
+
+def test_tables_made_while_a_cuda_graph_is_captured_are_not_kept(monkeypatch):
+    monkeypatch.setattr(window, "_whole", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = window.whole_images(3, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = window.whole_images(3, torch.device("cpu"))
+    assert kept is not captured and window.whole_images(3, torch.device("cpu")) is kept
+
+
+@pytest.mark.parametrize(
+    ("patches", "side", "stride"), [(2**21, 32, 2), (2**29, 2, 1), (2**30, 1, 1)], ids=["input", "output", "patches"]
+)
+def test_triton_refuses_more_rows_than_it_can_number(patches, side, stride):
+    if triton_launch.unavailable():
+        pytest.skip(triton_launch.unavailable())
+    from spark_fast.ops.triton_window import window_constant
+
+    coords = torch.zeros(1, 1, dtype=torch.int32).expand(patches, 3)
+    many = ActivePatches.from_tables(coords, torch.zeros(1, 1, 1, dtype=torch.int32).expand(patches, 1, 1))
+    geometry = Geometry.of(many, side, Window((1, 1), (stride, stride)))
+    for transposed in (False, True):
+        with pytest.raises(ValueError, match="Use a smaller batch"):
+            window_constant(geometry, transposed)

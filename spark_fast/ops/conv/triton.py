@@ -13,7 +13,13 @@ import triton.language as tl
 
 from spark_fast.ops import tuning
 from spark_fast.ops.conv import configs
-from spark_fast.ops.triton_launch import dot_constants, launch, packed, unavailable  # noqa: F401  (asked by ops.backend)
+from spark_fast.ops.triton_launch import (
+    dot_constants,
+    is_recording,
+    launch,
+    packed,
+    unavailable,  # noqa: F401  (asked by ops.backend)
+)
 from spark_fast.ops.triton_window import place, source_row, window_constant
 from spark_fast.ops.window import Geometry
 
@@ -69,7 +75,7 @@ def _gather(source, weight, bias, geometry: Geometry, groups: int, transposed: b
         )  # fmt: skip
         return out
 
-    case = (source.dtype, channels, width, groups, *window, dots["PRECISION"])
+    case = (source.dtype, channels, width, groups, taps, *window, dots["PRECISION"])
     return tuning.run("conv.gather", case, rows, choices, _default_gather(choices, width), run, source.device)
 
 
@@ -105,7 +111,7 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
 
     narrow = width <= 16 or (channels <= 16 and not unfold)
     default = choices[-1] if narrow else choices[0]
-    case = (features.dtype, channels, width, groups, *window, dots["PRECISION"])
+    case = (features.dtype, channels, width, groups, taps, *window, dots["PRECISION"])
     return tuning.run("conv.outer", case, rows, choices, default, run, features.device)
 
 
@@ -128,6 +134,8 @@ def schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Te
     """
     patches, same = geometry.source, geometry.source is geometry.query  # else the query is whole images
     key = ("schedule", same, geometry.window, geometry.size_in, geometry.size_out, transposed, block)
+    if is_recording():  # no kernel runs that would fill the tables
+        return _schedule(geometry, transposed, block)
     if key not in patches.derived:
         patches.derived[key] = _schedule(geometry, transposed, block)
     return patches.derived[key]
