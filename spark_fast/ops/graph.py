@@ -77,8 +77,8 @@ def numbers(window: Window) -> tuple[int, ...]:
 
 
 def geometry(device: torch.device, coords, grid_to_patch, per_image, to_dense, size_in, size_out, window) -> Geometry:
-    """Inverse of `window_tables` and `dense_tables`, when an op runs. Nothing made here outlives the op: a compiled graph
-    may run in memory that is taken back after it (mode="reduce-overhead")."""
+    """Inverse of `window_tables` and `dense_tables`, when an op runs. Nothing made here outlives the op: a compiled
+    graph may run in memory that is taken back after it (mode="reduce-overhead")."""
     batch, *size = size_in
     whole = new_whole_images(batch, device) if coords is None or to_dense else None
     source = whole if coords is None else ActivePatches.from_tables(coords, grid_to_patch, per_image)
