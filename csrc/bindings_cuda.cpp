@@ -132,6 +132,7 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "CUDA kernels of spark_fast";
   m.attr("archs") = SPARK_CUDA_ARCHS;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();  // a full launch queue blocks
+  m.def("check_device", &spark::check_device, arg("device"), unlocked);
   m.def("gather_patches", &gather, arg("device"), arg("stream"), arg("element_size"), arg("image"), arg("strides"),
         arg("coords"), arg("patches"), arg("side"), arg("channels"), arg("rows"), unlocked);
   m.def("scatter_patches", &scatter, arg("device"), arg("stream"), arg("element_size"), arg("rows"), arg("fill"),

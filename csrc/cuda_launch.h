@@ -31,8 +31,9 @@ namespace spark {
 inline cudaStream_t stream_of(const Queue& queue) { return reinterpret_cast<cudaStream_t>(queue.stream); }
 
 inline void check(cudaError_t error, const char* kernel) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch, a good one, would find this error
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 class DeviceGuard {

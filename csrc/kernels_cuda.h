@@ -15,6 +15,9 @@ struct Strides {
   int64_t image, channel, y, x;  // in elements
 };
 
+// Throws std::runtime_error where the module has no machine code for the device, or the driver is too old for it.
+void check_device(int device);
+
 // densify: packed rows <-> dense maps. Bit copies: an element is 2, 4 or 8 bytes of any type.
 // rows [patches * side * side, channels]: patch by patch, row-major inside a patch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 
 import torch
 from torch import nn
@@ -20,11 +21,16 @@ class _Done(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class _Maps:
-    """The outputs of the wanted layers by name while an encoder runs; `found` is None at any other time."""
+    """The outputs of the wanted layers by name while an encoder runs, for each thread that runs it."""
 
     def __init__(self, wanted: int):
         self.wanted = wanted
-        self.found: dict[str, SparseTensor | torch.Tensor] | None = None
+        self.found: dict[int, dict[str, SparseTensor | torch.Tensor]] = {}
+
+    @staticmethod
+    def thread() -> int:
+        """Of the caller. In a compiled graph, where `found` is gone, threads need not be told apart."""
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class _Tap:
@@ -35,7 +41,7 @@ class _Tap:
         self.name, self.maps = name, maps
 
     def __call__(self, module, args, output) -> None:
-        found = self.maps.found
+        found = self.maps.found.get(self.maps.thread())
         if found is not None:
             found[self.name] = output
             if len(found) == self.maps.wanted:
@@ -141,14 +147,15 @@ class Encoder(nn.Module):
             layer = self.model.get_submodule(tap.name)
             if not any(hook is tap for hook in layer._forward_hooks.values()):
                 layer.register_forward_hook(tap)
-        found = self.maps.found = {}
+        thread, found = self.maps.thread(), {}
+        self.maps.found[thread] = found
         run = getattr(self.model, "forward_features", self.model)
         try:
             run(x)
         except _Done:
             pass
         finally:
-            self.maps.found = None
+            self.maps.found.pop(thread, None)
         missing = [name for name in self.feature_layers if name not in found]
         if missing:
             raise ValueError(f"feature_layers: {', '.join(missing)} did not run in {self.name}'s forward")

@@ -4,6 +4,8 @@ Also: swapping a net's layers for their sparse siblings and back."""
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -324,3 +326,29 @@ def test_a_replaced_layer_is_seen():
     encoder.model.layer3 = torch.nn.Sequential(encoder.model.layer3)
     x = sf.SparseTensor.from_dense(torch.randn(1, 3, 32, 32), sf.ActivePatches(torch.ones(1, 1, 1, dtype=torch.bool)))
     assert [m.side for m in encoder(x)] == [8, 4, 2, 1]
+
+
+def test_threads_that_share_an_encoder_do_not_mix_their_maps():
+    """Each waits inside of the network until the other has begun."""
+    both, waiting = threading.Barrier(2, timeout=30), threading.local()
+
+    class Meet(nn.Module):
+        def forward(self, x):
+            if getattr(waiting, "on", False):
+                both.wait()
+            return x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), Meet(), nn.Conv2d(4, 4, 3, padding=1), Meet(), nn.Conv2d(4, 8, 2, 2))
+    encoder = sf.Encoder(model, feature_layers=["0", "2", "4"], stages=2).eval()
+    active = random_mask(2, (1, 1), 1)
+    images = [sf.SparseTensor.from_dense(torch.randn(2, 3, 8, 8), sf.ActivePatches(active)) for _ in "ab"]
+    alone = [encoder(x) for x in images]
+
+    def run(x):
+        waiting.on = True
+        return encoder(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, images))
+    for maps, expected in zip(together, alone, strict=True):
+        assert all(torch.equal(m.features, e.features) for m, e in zip(maps, expected, strict=True))

@@ -193,6 +193,13 @@ def line_with(text: str, *words: str) -> str:
     return found[0]
 
 
+def test_no_test_lacks_a_package_through_what_all_tests_share(part):
+    tests, shared = part("gpu.tests"), [*(ROOT / "tests").rglob("conftest.py"), *(ROOT / "tests").glob("[!t]*.py")]
+    optional = {"hypothesis", "psutil", "skimage", "matplotlib", "xdist", "pytest_benchmark"}
+    needed = {str(path.relative_to(ROOT)): tests.top_level_imports(path) & optional for path in shared}
+    assert len(needed) > 5 and not any(needed.values()), needed
+
+
 def test_aims_met_missed_and_unmeasured(part):
     tables = part("gpu_tables")
     made = result(

@@ -75,9 +75,11 @@ constexpr int64_t element_size_of() {
     return 0;
 }
 
-inline int fail(cudaError_t error, const std::string& problem) {
+// As on a GPU, the next cudaGetLastError finds it too.
+inline cudaError_t fail(cudaError_t error, const std::string& problem) {
   std::snprintf(state.problem, sizeof(state.problem), "%s", problem.c_str());
-  return state.fail_next = error;
+  state.fail_next = error;
+  return error;
 }
 
 template <typename First, typename... Rest, typename... Args>
@@ -222,7 +224,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  if (device < 0 || device > 1) return spark_shim::fail(cudaErrorInvalidDevice, "no such device");
   spark_shim::state.device = device;
   return cudaSuccess;
 }
@@ -234,12 +236,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > spark_shim::state.shared_at_most) {
-    std::snprintf(spark_shim::state.problem, sizeof(spark_shim::state.problem), "more shared memory than there is");
-    return cudaErrorInvalidValue;
-  }
+  if (bytes < 0 || bytes > spark_shim::state.shared_at_most)
+    return spark_shim::fail(cudaErrorInvalidValue, "more shared memory than there is");
   spark_shim::shared_allowed()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
   return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return static_cast<cudaError_t>(spark_shim::state.fail_next);
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
@@ -253,6 +259,4 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return "unknown";
 }
 
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "no such device" : spark_shim::state.problem;
-}
+inline const char* cudaGetErrorString(cudaError_t) { return spark_shim::state.problem; }

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from spark_fast.ops import backend
-from spark_fast.ops.window import Geometry, Window, whole_images
+from spark_fast.ops.window import Geometry, Window, new_whole_images
 from spark_fast.patches import ActivePatches
 
 # In schemas: how patches, and a window with its maps, are written.
@@ -77,9 +77,10 @@ def numbers(window: Window) -> tuple[int, ...]:
 
 
 def geometry(device: torch.device, coords, grid_to_patch, per_image, to_dense, size_in, size_out, window) -> Geometry:
-    """Inverse of `window_tables` and `dense_tables`, when an op runs."""
+    """Inverse of `window_tables` and `dense_tables`, when an op runs. Nothing made here outlives the op: a compiled
+    graph may run in memory that is taken back after it (mode="reduce-overhead")."""
     batch, *size = size_in
-    whole = whole_images(batch, device) if coords is None or to_dense else None
+    whole = new_whole_images(batch, device) if coords is None or to_dense else None
     source = whole if coords is None else ActivePatches.from_tables(coords, grid_to_patch, per_image)
     pairs = (tuple(window[i : i + 2]) for i in range(0, 8, 2))
     return Geometry(source, whole if to_dense else source, Window(*pairs), tuple(size), tuple(size_out))

@@ -16,13 +16,23 @@ MOST = 2**31 - 1  # rows, and cells of a grid of patches: the kernels count them
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why `spark_fast._native_cuda` cannot be used, or None."""
+    """Why `spark_fast._native_cuda` cannot be used, on the current GPU if there is one, or None."""
     try:
         module()
     except ImportError as error:
         return (
             f"the compiled module spark_fast._native_cuda does not load ({error}); it is built where nvcc is found: "
             "install the CUDA toolkit, then reinstall with `SPARK_FAST_CUDA=1 pip install .`"
+        )
+    if not torch.cuda.is_available():
+        return None
+    try:
+        module().check_device(torch.cuda.current_device())
+    except RuntimeError as error:
+        return (
+            f"the compiled module spark_fast._native_cuda does not run on this GPU with this driver ({error}); it was "
+            f"compiled for {module().archs}. Reinstall with SPARK_FAST_CUDA_ARCHS set to the GPU's compute capability "
+            "and a CUDA toolkit no newer than the driver"
         )
     return None
 

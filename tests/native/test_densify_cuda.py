@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from spark_fast.ops import native_cuda
 from spark_fast.ops.densify import cuda
 from spark_fast.patches import ActivePatches
 
@@ -170,8 +172,19 @@ def test_a_failed_launch_names_its_kernel(on_shim) -> None:
     assert on_shim.state.device == 0
     with pytest.raises(RuntimeError, match="gather_patches: cudaErrorInvalidDevice: "):
         on_shim.module.gather_patches(7, 0, 2, 64, (1, 1, 1, 1), 64, 1, 1, 1, 64)
+    cuda.gather(torch.zeros(2, 3, *GRID), patches)  # an error is reported once
     with pytest.raises(ValueError, match="gather_patches: elements of 1 bytes"):
         on_shim.module.gather_patches(0, 0, 2, 65, (1, 1, 1, 1), 64, 1, 1, 1, 64)
+
+
+def test_a_gpu_that_the_module_was_not_compiled_for_is_no_choice(on_shim, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    reason = native_cuda.unavailable.__wrapped__
+    assert reason() is None
+    on_shim.state.fail_next = 9
+    assert re.search(r"does not run on this GPU.*check_device: cudaError.*compiled for cpu", reason())
+    assert reason() is None and on_shim.state.device == 0
 
 
 def test_arguments_are_refused_before_native_code(on_shim) -> None:

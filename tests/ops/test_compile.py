@@ -303,3 +303,21 @@ def test_bad_arguments_are_named_as_ever(some_patches):
     compiled = torch.compile(lambda x, w: conv2d(x, w, None, some_patches, SIDE)[0], backend="aot_eager")
     with pytest.raises(ValueError, match="conv2d: weight must be"):
         compiled(tensor(some_patches.rows(SIDE), 3), tensor(4, 3))
+
+
+def test_a_registered_op_keeps_no_tables_of_its_own(monkeypatch):
+    """A CUDA graph of torch.compile takes its memory back, while what is kept goes on being read."""
+    from spark_fast.ops import window
+
+    monkeypatch.setattr(window, "_whole", {})
+    x, weight = tensor(2 * 4 * 6, CHANNELS, grad=False), tensor(4, CHANNELS, 3, 3, grad=False)
+    where = graph.dense_tables(None, 2, (4, 6), conv.cells.WINDOW)
+    found = conv.forward(x, weight, None, 1, "", *where)
+    assert not window._whole
+    kept = window.whole_images(2, x.device)
+    again = conv.forward(x, weight, None, 1, "", *where)
+    assert torch.equal(found, again) and not kept.derived
+    made = window.new_whole_images(2, x.device)
+    for name in ("coords", "grid_to_patch", "active"):
+        assert torch.equal(getattr(made, name), getattr(kept, name)), name
+    assert made.coords.dtype == kept.coords.dtype and made.per_image == kept.per_image == 1
