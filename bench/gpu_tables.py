@@ -36,7 +36,7 @@ def summary(result: dict) -> str:
     """The last lines of a run: each comparison with its aim, and each section's end."""
     rows = [("section", "case", "gain", "aim", "met")]
     for section, case, against, value, share in figures(result):
-        aim = aim_of(section, case, against, share)
+        aim = None if result.get("tiny") else aim_of(section, case, against, share)
         over = "" if against == "dense" else f" over {against}"
         rows.append(
             (section, case["case"], f"{value:.2f}x{over}", *((aim.words, verdict(aim.met(case))) if aim else ("", "")))

@@ -26,7 +26,7 @@ class ActivePatches:
 
     Raises:
         TypeError: `active` is not a bool tensor.
-        ValueError: `active` is not (B, gh, gw), or `per_image` does not fit.
+        ValueError: `active` is not (B, gh, gw), or is on meta and to be counted, or `per_image` does not fit.
     """
 
     def __init__(self, active: torch.Tensor, per_image: int | None = None):
@@ -41,6 +41,8 @@ class ActivePatches:
         active = active.clone(memory_format=torch.contiguous_format)  # the caller may go on changing its own
         flat = active.flatten(1)  # (B, L)
         if per_image is None:
+            if active.device.type == "meta":
+                raise ValueError("active is on meta, which holds no values to count; put it on a real device")
             counts = flat.sum(1).tolist()
             if counts and min(counts) == max(counts):
                 per_image = counts[0]

@@ -133,7 +133,10 @@ class SparK(nn.Module):
                 f"images must be (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), as this model was made "
                 f"(in_chans, img_size); got {tuple(images.shape)}"
             )
-        dtype = next(self.parameters()).dtype
+        parameter = next(self.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        if images.device != device:
+            raise ValueError(f"images are on {images.device}, the model's parameters on {device}; move one with .to()")
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
                 f"images are {images.dtype}, the model's parameters {dtype}: use images.to({dtype}), model.to("

@@ -217,6 +217,8 @@ def test_aims_met_missed_and_unmeasured(part):
     assert "| not yet measured | >= 1.6x | not yet measured |" in line_with(page, "| step | resnet50 step |")
     assert "A GPU, torch 2.99, 2030-01-02, commit abc1234" in page
     assert line_with(short, "convnext_base encoder").split()[-3:] == [">=", "3x", "missed"]
+    tiny = tables.summary(made | {"tiny": True})
+    assert "missed" not in tiny and "figures mean nothing" in tiny
 
 
 def test_without_results_every_aim_is_unmeasured(part):

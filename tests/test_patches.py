@@ -44,6 +44,8 @@ def test_bad_masks_are_named():
         sf.ActivePatches(UNEQUAL.tolist())
     with pytest.raises(ValueError, match="squeeze"):
         sf.ActivePatches(UNEQUAL[:, None])
+    with pytest.raises(ValueError, match="active is on meta"):
+        sf.ActivePatches(UNEQUAL.to("meta"))
 
 
 def test_the_caller_may_change_its_mask():

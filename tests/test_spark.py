@@ -306,6 +306,7 @@ IMAGES, ACTIVE = torch.zeros(2, 3, 96, 96), torch.eye(3, dtype=torch.bool).expan
         (torch.zeros(2, 3, 100, 96), ACTIVE, "images"),
         (torch.zeros(3, 96, 96), ACTIVE, "images"),
         (torch.zeros(2, 3, 96, 96, dtype=torch.uint8), ACTIVE, "images"),
+        (IMAGES.to("meta"), None, "images are on meta"),
         ([[0.0]], ACTIVE, "images"),
         (IMAGES, ACTIVE[:, None], "active"),
         (IMAGES, ACTIVE[:1], "active"),

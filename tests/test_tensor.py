@@ -21,6 +21,12 @@ def mask_of(x: sf.SparseTensor) -> torch.Tensor:
     return x.patches.active[:, None].repeat_interleave(x.side, 2).repeat_interleave(x.side, 3)
 
 
+def test_tensors_without_values_are_refused():
+    patches = sf.ActivePatches(torch.ones(2, 3, 4, dtype=torch.bool, device="meta"), per_image=12)
+    with pytest.raises(ValueError, match="SparseTensor: features are on meta"):
+        sf.SparseTensor.from_dense(torch.zeros(2, 6, 6, 8, device="meta"), patches)
+
+
 def test_it_answers_as_an_image_batch(pair):
     x, dense = pair
     assert x.shape == dense.shape and x.size(1) == 6 and x.dim() == x.ndim == 4 and len(x) == 2

@@ -62,7 +62,7 @@ def measure(problem: Problem) -> dict:
         except Exception as error:  # a peer's own trouble is no failure of ours
             notes[name] = f"{type(error).__name__}: {error}"[:300]
     if len(runs) == 1:
-        raise NotAvailableError(f"no peer runs: {notes}")
+        raise NotAvailableError("no peer runs: " + "; ".join(f"{name}: {why}" for name, why in notes.items()))
     replay = capture(ours, device)
     ms = {name: significant(1e3 * seconds(run, device)) for name, run in runs.items()}
     if replay is not None:

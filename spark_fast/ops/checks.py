@@ -28,6 +28,8 @@ def check_rows(op: str, features: torch.Tensor, patches: ActivePatches, side: in
         raise TypeError(f"{op}: features must be floating point; got {features.dtype}")
     if features.device != patches.device:
         raise ValueError(f"{op}: features are on {features.device}, patches on {patches.device}; move one with .to()")
+    if features.device.type == "meta":
+        raise ValueError(f"{op}: features are on meta, which holds no values; put model and images on a real device")
 
 
 def check_like(op: str, name: str, tensor: torch.Tensor | None, features: torch.Tensor, shape: tuple | None) -> None:

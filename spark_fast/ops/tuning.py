@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -163,11 +164,19 @@ def _read(path: Path, wanted: dict[str, str] | None) -> dict[str, Config]:
 
 
 def cache_file(gpu: str) -> Path:
-    """SPARK_FAST_CACHE, or XDG_CACHE_HOME/spark_fast, or ~/.cache/spark_fast; one file per GPU model."""
+    """SPARK_FAST_CACHE, or XDG_CACHE_HOME/spark_fast, or ~/.cache/spark_fast, or, for a user without a home folder, one
+    of temporary files; one file per GPU model."""
     folder = os.environ.get("SPARK_FAST_CACHE")
     if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spark_fast"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "spark_fast"
     return Path(folder) / f"tuning-{gpu}.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # HOME is not set and the user has no entry in passwd, as in some containers
+        return Path(tempfile.gettempdir())
 
 
 @lru_cache(maxsize=1)

@@ -170,6 +170,19 @@ def test_a_damaged_cache_is_reported_and_replaced(gpu, content):
     assert cached()["entries"]
 
 
+def test_a_user_without_a_home_folder_has_a_cache_too(gpu, monkeypatch, tmp_path):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SPARK_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tuning.Path, "home", nobody)
+    monkeypatch.setattr(tuning.tempfile, "gettempdir", lambda: str(tmp_path))
+    with sf.autotune():
+        assert chosen() == CONFIGS[1]
+    assert cached()["entries"] and tuning.cache_file("test-gpu-1").is_relative_to(tmp_path)
+
+
 def test_a_cache_that_cannot_be_written_is_reported_and_the_result_used(gpu, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARK_FAST_CACHE", str(tmp_path / "file"))
