@@ -179,7 +179,7 @@ def depthwise(active: sf.ActivePatches) -> Iterator[Case]:
 
     seven = Window((7, 7), (1, 1), (3, 3))
     for side, channels in ((8, 128), (4, 256), (2, 512), (1, 1024)):
-        yield from directions("7x7", side, channels, seven, HALF, side in (8, 1))
+        yield from directions("7x7", side, channels, seven, HALF, side != 2)
     for dtype in (torch.float16, FLOAT):
         yield from directions("7x7", 8, 128, seven, dtype, dtype == FLOAT)
     yield from directions("3x3", 16, 32, Window((3, 3), (1, 1), (1, 1)))  # MobileNet, EfficientNet

@@ -137,9 +137,14 @@ def table(results: list[Compiled]) -> str:
         if case != previous:
             lines.append(f"| **{case}** | |" + " |" * len(ARCHS))
             previous = case
-        cells = [f"{f.registers}, {f.shared / 1024:.1f}, {f.products}" for f in (found[arch] for arch in ARCHS)]
+        cells = [_cell(found[arch]) for arch in ARCHS]
         lines.append(f"| `{kernel}` | {config} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(of: Compiled) -> str:
+    spilled = f", **{of.stack} bytes spilled**" if of.stack else ""
+    return f"{of.registers}, {of.shared / 1024:.1f}, {of.products}{spilled}"
 
 
 def page(results: list[Compiled]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from spark_fast.ops.tuning import Config
 
+# Four channels for each thread: with eight, some windows spill registers.
 GATHER: list[Config] = [
-    {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 4},
     {"BLOCK_R": 8, "BLOCK_C": 64, "num_warps": 4},
-    {"BLOCK_R": 32, "BLOCK_C": 32, "num_warps": 4},
+    {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
+    {"BLOCK_R": 16, "BLOCK_C": 32, "num_warps": 4},
     {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},
 ]
-# Four channels for each thread: with eight, some windows spill registers.
 PRODUCT: list[Config] = [
     {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_R": 16, "BLOCK_C": 32, "num_warps": 4},
