@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                             last_slice ? 0 : (now.slice + 1) * kDepth);
     commit_copies();
 
+    __syncwarp();  // lanes copied different numbers of pieces; the instructions below are the whole warp's
     load(now, 1);
     multiply(0);
 
@@ -456,6 +457,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread < p.tile.units * kTaps) patch = read_around(p.patches, around(number + 1).places, thread);
     if (thread < p.tile.units * 3) place = read_place(p.patches, p.tile, number + 4, thread);
 
+    __syncwarp();
     const SharedAddress halo = halos + odd * halo_bytes, grad_rows = grads + odd * kGradBytes;
 #pragma unroll 1
     for (int k = 0; k < kRows; k += 16) {

@@ -172,7 +172,9 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
     having = [o for o in ORDER if any(name in names for names in ORDER[o].values())]
     chosen = [o for o in having if op in (None, o)]
     if not chosen:
-        raise ValueError(f"no backend {name!r}" + (f" of op {op!r}" if op else "") + f"; see {__name__}.ORDER")
+        known = sorted({n for o in ([op] if op else ORDER) for names in ORDER[o].values() for n in names})
+        where = f" of op {op!r}" if op else ""
+        raise ValueError(f"no backend {name!r}{where}; it must be one of {', '.join(known)}")
     token = _forced.set({**(_forced.get() or {}), **dict.fromkeys(chosen, name)})
     _forced_anywhere.update(_forced.get())
     try:
