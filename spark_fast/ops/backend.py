@@ -109,7 +109,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype | None = None, *cas
 
 
 def _fitting(op: str, order: tuple[str, ...], case: tuple) -> list[str]:
-    """The backends that can run here and take the case."""
+    """The backends that can run here and take the case, up to the first that no measurement can pass over."""
     fitting = []
     for name in order:
         try:
@@ -120,6 +120,8 @@ def _fitting(op: str, order: tuple[str, ...], case: tuple) -> list[str]:
             raise
         if not _unsupported(module, case):
             fitting.append(name)
+            if name not in MEASURED:
+                break
     return fitting
 
 

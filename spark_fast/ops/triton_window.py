@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from spark_fast.ops.triton_launch import LARGEST
-from spark_fast.ops.window import MASKED, OUTSIDE, Geometry, Window
+from spark_fast.ops.window import OUTSIDE, Geometry, Window
 
 MOST_PIXELS = 8  # of a run: their sums stay in registers
 MOST_TAPS = 8  # of a line that are taken at once: their weights (or sums) stay in registers
 
-_MASKED = tl.constexpr(MASKED)
 _OUTSIDE = tl.constexpr(OUTSIDE)
 
 
