@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
 
 import spark_fast as sf
 from spark_fast.ops import native, triton_launch
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _mask(kind: str) -> torch.Tensor:
@@ -98,33 +89,3 @@ def on_triton(triton_problem):
         pytest.skip(triton_problem)
     with sf.use_backend("triton"):
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def triton_report(request, tmp_path_factory):
-    """`python -m bench.triton_report` in a process of its own, since in this one Triton may be an interpreter; started
-    with the first test of the ops, so that it compiles beside them. Gives a function that waits for the rows."""
-    wanted = any(
-        item.path.name == "test_triton_report.py" and "compiled" in item.fixturenames for item in request.session.items
-    )
-    if not wanted or triton_launch.unavailable():
-        yield lambda: pytest.skip(triton_launch.unavailable() or "not started")
-        return
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = ["nice", sys.executable, "-m", "bench.triton_report", "--json", str(folder / "report.json")]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-    def rows() -> list[dict]:
-        process.wait()
-        assert (folder / "report.json").exists(), (folder / "log").read_text()
-        return json.loads((folder / "report.json").read_text())
-
-    yield rows
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
