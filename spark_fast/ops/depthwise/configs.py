@@ -17,6 +17,5 @@ GATHER: list[Config] = [
 ]
 PRODUCT: list[Config] = [
     {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
-    {"BLOCK_R": 16, "BLOCK_C": 32, "num_warps": 4},
     {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},
 ]
