@@ -11,76 +11,38 @@ from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.patches import ActivePatches
 
 
-class SparseTensor:
-    """An image batch (B, C, gh * side, gw * side) that stores the rows of its active patches only.
+class SparseMap:
+    """What `SparseTensor` and `rules.views.SparseView` share: rows of the active pixels that answer as a dense batch.
 
-    It implements `__torch_function__`: functions and methods of PyTorch that have a sparse rule (`spark_fast.rules`)
-    work on it, so an unmodified `nn.Module` written for (B, C, H, W) runs on it. All others raise `SparseOpError` or,
-    where that is exact, run on the dense map with one warning. Autograd works through `features`.
-
-    Args:
-        features: (P * side * side, C) rows, patch-major, row-major inside a patch, floating point.
-        patches: the P active patches.
-        side: a patch's side in pixels of this map.
-        channels_last: the logical order of dimensions is (B, H, W, C), as after `permute(0, 2, 3, 1)`.
-
-    Raises:
-        TypeError, ValueError: the rows do not fit the patches.
+    `features` is (N, *channels): one row for each active pixel, with any number of channel dimensions. `dims` names the
+    dimensions of the batch that they stand for: B, H and W once, C for each channel dimension of `features`, in order.
     """
 
-    __slots__ = ("channels_last", "features", "patches", "side")
+    __slots__ = ("features", "patches", "side")
 
-    def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
-        if not isinstance(side, int) or side < 1:
-            raise ValueError(f"side is a patch's side in pixels, a whole number of at least 1; got {side!r}")
-        check_rows("SparseTensor", features, patches, side)
-        self.features = features
-        self.patches = patches
-        self.side = side
-        self.channels_last = channels_last
-
-    @classmethod
-    def from_dense(cls, images: torch.Tensor, patches: ActivePatches) -> SparseTensor:
-        """The active patches of `images` (B, C, H, W). Masked pixels are not read: they may be NaN.
-
-        Raises:
-            TypeError, ValueError: `images` do not fit `patches`.
-        """
-        features = gather_patches(images, patches)
-        return cls(features, patches, images.shape[2] // patches.grid[0])
-
-    def to_dense(self, fill: float | torch.Tensor = 0.0) -> torch.Tensor:
-        """The dense map, (B, C, H, W) or, for a channels-last tensor, (B, H, W, C).
-
-        Args:
-            fill: value of the masked pixels: a number, or (C,), differentiable.
-        """
-        if not isinstance(fill, torch.Tensor):
-            fill = None if fill == 0 else self.features.new_full((self.features.shape[1],), fill)
-        dense = scatter_patches(self.features, self.patches, self.side, fill)
-        return dense.permute(0, 2, 3, 1) if self.channels_last else dense
-
-    def with_features(self, features: torch.Tensor, side: int | None = None) -> SparseTensor:
-        """Other rows on the same patches: (P * side * side, any C)."""
-        return SparseTensor(features, self.patches, self.side if side is None else side, self.channels_last)
+    features: torch.Tensor
+    patches: ActivePatches
+    side: int
+    dims: str
 
     @property
     def shape(self) -> torch.Size:
         gh, gw = self.patches.grid
-        space, channels = (gh * self.side, gw * self.side), (self.features.shape[1],)
-        return torch.Size((self.patches.batch, *(space + channels if self.channels_last else channels + space)))
+        sizes = {"B": self.patches.batch, "H": gh * self.side, "W": gw * self.side}
+        channels = iter(self.features.shape[1:])
+        return torch.Size(sizes[d] if d in sizes else next(channels) for d in self.dims)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return 4
+        return len(self.dims)
 
-    ndim = property(dim)
+    ndim = property(lambda self: self.dim())
 
     def numel(self) -> int:
-        """Elements of the dense map that this tensor stands for."""
-        return self.shape.numel()
+        """Elements that exist, those of active pixels: what a sum over space is divided by for a mean."""
+        return self.features.numel()
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return self.features.is_contiguous()
@@ -122,12 +84,6 @@ class SparseTensor:
     def __len__(self) -> int:
         return self.patches.batch
 
-    def __repr__(self) -> str:
-        return (
-            f"SparseTensor(shape={tuple(self.shape)}, side={self.side}, rows={self.features.shape[0]}, "
-            f"dtype={self.dtype}, patches={self.patches})"
-        )
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         from spark_fast.rules import apply
@@ -141,6 +97,70 @@ class SparseTensor:
                 f"SparseTensor has no attribute {name!r}; .features holds the rows, .to_dense() gives the dense map"
             )
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+
+class SparseTensor(SparseMap):
+    """An image batch (B, C, gh * side, gw * side) that stores the rows of its active patches only.
+
+    It implements `__torch_function__`: functions and methods of PyTorch that have a sparse rule (`spark_fast.rules`)
+    work on it, so an unmodified `nn.Module` written for (B, C, H, W) runs on it. All others raise `SparseOpError` or,
+    where that is exact, run on the dense map with one warning. Autograd works through `features`.
+
+    Args:
+        features: (P * side * side, C) rows, patch-major, row-major inside a patch, floating point.
+        patches: the P active patches.
+        side: a patch's side in pixels of this map.
+        channels_last: the logical order of dimensions is (B, H, W, C), as after `permute(0, 2, 3, 1)`.
+
+    Raises:
+        TypeError, ValueError: the rows do not fit the patches.
+    """
+
+    __slots__ = ("channels_last",)
+
+    def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(f"side is a patch's side in pixels, a whole number of at least 1; got {side!r}")
+        check_rows("SparseTensor", features, patches, side)
+        self.features = features
+        self.patches = patches
+        self.side = side
+        self.channels_last = channels_last
+
+    @classmethod
+    def from_dense(cls, images: torch.Tensor, patches: ActivePatches) -> SparseTensor:
+        """The active patches of `images` (B, C, H, W). Masked pixels are not read: they may be NaN.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit `patches`.
+        """
+        features = gather_patches(images, patches)
+        return cls(features, patches, images.shape[2] // patches.grid[0])
+
+    def to_dense(self, fill: float | torch.Tensor = 0.0) -> torch.Tensor:
+        """The dense map, (B, C, H, W) or, for a channels-last tensor, (B, H, W, C).
+
+        Args:
+            fill: value of the masked pixels: a number, or (C,), differentiable.
+        """
+        if not isinstance(fill, torch.Tensor):
+            fill = None if fill == 0 else self.features.new_full((self.features.shape[1],), fill)
+        dense = scatter_patches(self.features, self.patches, self.side, fill)
+        return dense.permute(0, 2, 3, 1) if self.channels_last else dense
+
+    def with_features(self, features: torch.Tensor, side: int | None = None) -> SparseTensor:
+        """Other rows on the same patches: (P * side * side, any C)."""
+        return SparseTensor(features, self.patches, self.side if side is None else side, self.channels_last)
+
+    @property
+    def dims(self) -> str:
+        return "BHWC" if self.channels_last else "BCHW"
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor(shape={tuple(self.shape)}, side={self.side}, rows={self.features.shape[0]}, "
+            f"dtype={self.dtype}, patches={self.patches})"
+        )
 
 
 def _operator(name: str):
@@ -161,4 +181,4 @@ _OPERATORS = (
     "__bool__", "__float__", "__int__", "__iter__",
 )  # fmt: skip
 for _name in _OPERATORS:
-    setattr(SparseTensor, _name, _operator(_name))
+    setattr(SparseMap, _name, _operator(_name))

@@ -1,0 +1,72 @@
+"""The table of rules, and what happens to a function that has none."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+RULES: dict[Callable, Callable] = {}
+_warned: set[Callable] = set()
+
+
+class SparseOpError(NotImplementedError):
+    """An operation has no sparse rule and no exact dense form on a masked map."""
+
+
+def rule(*functions: Callable) -> Callable:
+    """Registers the decorated function as the sparse rule of `functions`; it receives their arguments.
+
+    At least one of these arguments is a `SparseTensor`. It should return one (`x.with_features(rows)`), or a dense
+    tensor where space is reduced.
+    """
+
+    def register(handler: Callable) -> Callable:
+        RULES.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def named(names: str, *spaces: object) -> list[Callable]:
+    """The functions of these names in torch, torch.Tensor and torch.nn.functional."""
+    spaces = spaces or (torch, torch.Tensor, F)
+    return [f for name in names.split() for space in spaces if callable(f := getattr(space, name, None))]
+
+
+def name_of(func: Callable) -> str:
+    if "<locals>" in getattr(func, "__qualname__", ""):  # F.adaptive_max_pool2d and its like are closures
+        return next((name for name, value in vars(F).items() if value is func), func.__name__)
+    return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+
+
+def where() -> str:
+    """The innermost module whose forward is running, from the call stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            return f" (called in {type(owner).__name__})"
+        frame = frame.f_back
+    return ""
+
+
+def refusal(func: Callable) -> SparseOpError:
+    return SparseOpError(
+        f"{name_of(func)}{where()} has no sparse rule. On a masked map its meaning is not that of the dense operation. "
+        "Register one with @spark_fast.rule(function), or convert with x.to_dense() where that is what you mean"
+    )
+
+
+def warn_dense(func: Callable) -> None:
+    """One warning for each function that runs on the dense map."""
+    if func not in _warned:
+        _warned.add(func)
+        warnings.warn(
+            f"{name_of(func)}{where()} has no sparse rule: it runs on the dense, zero-filled map and is masked again "
+            "(exact, but no pixel is skipped)",
+            stacklevel=5,
+        )
