@@ -14,11 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from spark_fast.ops.conv import conv2d
+from spark_fast.nn import functional
 from spark_fast.ops.densify import gather_patches
 from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, layer_norm
-from spark_fast.ops.pool import avg_pool2d, max_pool2d
 from spark_fast.tensor import SparseTensor
 
 RULES: dict[Callable, Callable] = {}
@@ -96,9 +95,7 @@ _BINARY = (
 )
 POINTWISE = frozenset(named(f"{_UNARY} {_BINARY}"))
 # Functions of a pixel's neighbourhood: exact through the zero-filled dense map.
-LOCAL = frozenset(
-    named("conv_transpose2d lp_pool2d interpolate upsample pixel_shuffle pixel_unshuffle local_response_norm")
-)
+LOCAL = frozenset(named("lp_pool2d interpolate upsample pixel_shuffle pixel_unshuffle local_response_norm"))
 
 
 def _pointwise(func: Callable, args: tuple, kwargs: dict) -> SparseTensor:
@@ -189,9 +186,15 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
     if not isinstance(input, SparseTensor):
         raise SparseOpError("conv2d: the weight is a SparseTensor, the input is not")
     _channels_first_only("conv2d", input)
-    return input.with_features(
-        *conv2d(input.features, weight, bias, input.patches, input.side, stride, padding, dilation, groups)
-    )
+    return functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+@rule(*named("conv_transpose2d", torch, F))
+def _conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    if not isinstance(input, SparseTensor):
+        raise SparseOpError("conv_transpose2d: the weight is a SparseTensor, the input is not")
+    _channels_first_only("conv_transpose2d", input)
+    return functional.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
@@ -199,9 +202,7 @@ def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     _channels_first_only("max_pool2d", input)
     if return_indices:
         raise SparseOpError("max_pool2d: return_indices=True has no meaning on packed rows")
-    return input.with_features(
-        *max_pool2d(input.features, input.patches, input.side, kernel_size, stride, padding, dilation, ceil_mode)
-    )
+    return functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 @rule(F.avg_pool2d, torch._C._nn.avg_pool2d)
@@ -209,19 +210,8 @@ def _avg_pool2d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
     _channels_first_only("avg_pool2d", input)
-    return input.with_features(
-        *avg_pool2d(
-            input.features,
-            input.patches,
-            input.side,
-            kernel_size,
-            stride,
-            padding,
-            ceil_mode,
-            count_include_pad,
-            divisor_override,
-        )
-    )
+    settings = (padding, ceil_mode, count_include_pad, divisor_override)
+    return functional.avg_pool2d(input, kernel_size, stride, *settings)
 
 
 @rule(F.batch_norm)
