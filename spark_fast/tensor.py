@@ -137,6 +137,55 @@ class SparseTensor(SparseMap):
         features = gather_patches(images, patches)
         return cls(features, patches, images.shape[2] // patches.grid[0])
 
+    @classmethod
+    def from_coords(cls, features: torch.Tensor, coords: torch.Tensor, shape: tuple[int, int, int]) -> SparseTensor:
+        """Any set of pixels: the general 2D submanifold case, as patches of one pixel each. Waits for a GPU once.
+
+        Rows are kept sorted by (image, row, column), whatever the order of `coords`; gradients reach `features` in
+        the caller's order, and `features_at(coords)` gives rows in it.
+
+        Args:
+            features: (N, C), floating point; row i belongs to the pixel coords[i].
+            coords: integer (N, 3), image, row and column of each pixel, on the features' device.
+            shape: images, rows and columns: (B, H, W). Images may have no pixel, and there may be no image.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the others, a pixel lies outside `shape` or is given twice;
+                the message names it.
+        """
+        if not isinstance(features, torch.Tensor):
+            raise TypeError(f"features must be a tensor (N, C); got {type(features).__name__}")
+        if isinstance(coords, torch.Tensor) and features.dim() == 2 and features.shape[:1] != coords.shape[:1]:
+            raise ValueError(f"features and coords must have a row for each pixel; got {len(features)}, {len(coords)}")
+        if isinstance(coords, torch.Tensor) and features.device != coords.device:
+            raise ValueError(f"features are on {features.device}, coords on {coords.device}; move one with .to()")
+        patches, places = ActivePatches.of_coords(coords, shape)
+        check_rows("from_coords", features, patches, 1)
+        return cls(_reordered(features, places), patches, 1)
+
+    @property
+    def coords(self) -> torch.Tensor:
+        """Image, row and column of each row, in their order: int32 (rows, 3)."""
+        return self.patches.pixel_coords(self.side)
+
+    def features_at(self, coords: torch.Tensor) -> torch.Tensor:
+        """The features (N, C) of the active pixels at `coords`, in the order of `coords`. Waits for a GPU once.
+
+        Args:
+            coords: integer (N, 3), image, row and column, on the tensor's device; a pixel may come twice.
+
+        Raises:
+            TypeError, ValueError: `coords` is no such tensor, or a pixel is not active.
+        """
+        return self.features[self.patches.rows_at(coords, self.side)]
+
+    def to_pixels(self) -> SparseTensor:
+        """The same pixels as patches of one pixel each, rows sorted by (image, row, column); itself where it is so."""
+        if self.side == 1:
+            return self
+        patches, places = self.patches.pixels(self.side)
+        return SparseTensor(_reordered(self.features, places), patches, 1, self.channels_last)
+
     def to_dense(self, fill: float | torch.Tensor = 0.0) -> torch.Tensor:
         """The dense map, (B, C, H, W) or, for a channels-last tensor, (B, H, W, C).
 
@@ -161,6 +210,11 @@ class SparseTensor(SparseMap):
             f"SparseTensor(shape={tuple(self.shape)}, side={self.side}, rows={self.features.shape[0]}, "
             f"dtype={self.dtype}, patches={self.patches})"
         )
+
+
+def _reordered(features: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Row i of `features` as row places[i]; `places` is a permutation."""
+    return features.new_empty(features.shape).index_copy(0, places, features)
 
 
 def _operator(name: str):

@@ -12,6 +12,7 @@ from spark_fast.nn import modules
 
 SPARSE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: modules.SparseConv2d,
+    nn.ConvTranspose2d: modules.SparseConvTranspose2d,
     nn.MaxPool2d: modules.SparseMaxPool2d,
     nn.AvgPool2d: modules.SparseAvgPool2d,
     nn.BatchNorm2d: modules.SparseBatchNorm2d,
@@ -24,7 +25,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def to_sparse(model: Model) -> Model:
-    """Makes each nn.Conv2d, pooling, batch norm, SyncBatchNorm and layer norm of `model` its `spark_fast.nn` sibling.
+    """Makes each nn.Conv2d, nn.ConvTranspose2d, pooling, batch norm, SyncBatchNorm and layer norm of `model` its
+    `spark_fast.nn` sibling.
 
     The modules keep their identity: parameters, buffers, hooks, names and state dict stay as they are; only the class
     changes. Subclasses are left alone: PyTorch's and timm's work on a SparseTensor as they are, through the functions

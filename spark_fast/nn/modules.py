@@ -9,12 +9,34 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from spark_fast.nn import functional
 from spark_fast.ops.norm import batch_norm, layer_norm, sync_batch_norm
+from spark_fast.ops.output_sets import check_output
+from spark_fast.patches import ActivePatches
 from spark_fast.tensor import SparseTensor
 
 
-class SparseConv2d(nn.Conv2d):
-    """nn.Conv2d; on a SparseTensor, submanifold convolution of the active pixels (`spark_fast.ops.conv.conv2d`).
+class _ToOutput:
+    """The choice of an output's active pixels, `output`: "mask" or "dilated" (`spark_fast.nn.functional`). It is an
+    attribute, no part of the state dict, and stays when `to_dense` and `to_sparse` swap the class."""
+
+    output = "mask"
+
+    def __init__(self, *args, output: str = "mask", **kwargs):
+        super().__init__(*args, **kwargs)
+        check_output(type(self).__name__, output)
+        self.output = output
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.output == "mask" else f", output={self.output!r}")
+
+
+class SparseConv2d(_ToOutput, nn.Conv2d):
+    """nn.Conv2d; on a SparseTensor, convolution of the active pixels (`spark_fast.nn.functional.conv2d`).
+
+    Args:
+        output: "mask": the active set does not grow (submanifold); "dilated": every pixel whose window holds an active
+            one. A tensor that is not sparse does not ask. All other arguments are nn.Conv2d's.
 
     Raises:
         ValueError: `padding_mode` is not "zeros" and the input is sparse: masked pixels have no values to reflect.
@@ -23,15 +45,64 @@ class SparseConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
         if isinstance(input, SparseTensor) and self.padding_mode != "zeros":
             raise ValueError(f"SparseConv2d: padding_mode must be 'zeros' on a SparseTensor; got {self.padding_mode!r}")
-        return super().forward(input)
+        if not isinstance(input, SparseTensor) or self.output == "mask":
+            return super().forward(input)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(input, self.weight, self.bias, *settings, self.output)
 
 
-class SparseMaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d; on a SparseTensor, inactive neighbours count as 0 (`spark_fast.ops.pool.max_pool2d`)."""
+class SparseConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d; on a SparseTensor, the transposed convolution of the active pixels
+    (`spark_fast.nn.functional.conv_transpose2d`)."""
+
+    def forward(
+        self,
+        input: torch.Tensor | SparseTensor,
+        output_size: list[int] | None = None,
+        output: SparseTensor | ActivePatches | None = None,
+    ) -> torch.Tensor | SparseTensor:
+        """
+        Args:
+            output_size: as in nn.ConvTranspose2d.
+            output: of a sparse input, where the result lies: the finer SparseTensor that a strided convolution made
+                `input` from, or patches of one pixel each. By default the input's patches.
+
+        Raises:
+            TypeError, ValueError: `output` with a dense input or with an `output_size`, or what
+                `functional.conv_transpose2d` raises.
+        """
+        if output is None:
+            return super().forward(input, output_size)
+        if not isinstance(input, SparseTensor):
+            raise TypeError(f"SparseConvTranspose2d: output needs a sparse input; got {type(input).__name__}")
+        if output_size is not None:
+            raise ValueError("SparseConvTranspose2d: give output or output_size, not both: output has a size")
+        settings = (self.stride, self.padding, 0, self.groups, self.dilation)
+        return functional.conv_transpose2d(input, self.weight, self.bias, *settings, output)
 
 
-class SparseAvgPool2d(nn.AvgPool2d):
-    """nn.AvgPool2d; on a SparseTensor, inactive neighbours count as 0 (`spark_fast.ops.pool.avg_pool2d`)."""
+class SparseMaxPool2d(_ToOutput, nn.MaxPool2d):
+    """nn.MaxPool2d; on a SparseTensor, inactive neighbours count as 0 (`spark_fast.nn.functional.max_pool2d`). `output`
+    as in SparseConv2d."""
+
+    def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
+        if not isinstance(input, SparseTensor) or self.output == "mask":
+            return super().forward(input)
+        if self.return_indices:
+            raise ValueError("SparseMaxPool2d: return_indices=True has no meaning on packed rows")
+        settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return functional.max_pool2d(input, *settings, self.output)
+
+
+class SparseAvgPool2d(_ToOutput, nn.AvgPool2d):
+    """nn.AvgPool2d; on a SparseTensor, inactive neighbours count as 0 (`spark_fast.nn.functional.avg_pool2d`). `output`
+    as in SparseConv2d."""
+
+    def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
+        if not isinstance(input, SparseTensor) or self.output == "mask":
+            return super().forward(input)
+        settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return functional.avg_pool2d(input, *settings, self.divisor_override, self.output)
 
 
 class SparseBatchNorm2d(nn.BatchNorm2d):

@@ -13,7 +13,7 @@ from spark_fast.rules.registry import named, warn_dense
 from spark_fast.rules.views import plain
 from spark_fast.tensor import SparseMap, SparseTensor
 
-LOCAL = frozenset(named("conv_transpose2d lp_pool2d local_response_norm grid_sample upsample_bilinear"))
+LOCAL = frozenset(named("lp_pool2d local_response_norm grid_sample upsample_bilinear"))
 
 
 def through_dense(func: Callable, args: tuple, kwargs: dict) -> SparseTensor:

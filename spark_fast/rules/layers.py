@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from spark_fast.ops.conv import conv2d
+from spark_fast.nn import functional
 from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, layer_norm
-from spark_fast.ops.pool import avg_pool2d, max_pool2d
 from spark_fast.rules.dense import through_dense
 from spark_fast.rules.registry import SparseOpError, named, rule, where
 from spark_fast.rules.views import make, plain
@@ -17,8 +16,13 @@ from spark_fast.tensor import SparseMap
 
 @rule(torch.conv2d, F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    x = plain("conv2d", input)
-    return x.with_features(*conv2d(x.features, weight, bias, x.patches, x.side, stride, padding, dilation, groups))
+    return functional.conv2d(plain("conv2d", input), weight, bias, stride, padding, dilation, groups)
+
+
+@rule(*named("conv_transpose2d", torch, F))
+def _conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    settings = (stride, padding, output_padding, groups, dilation)
+    return functional.conv_transpose2d(plain("conv_transpose2d", input), weight, bias, *settings)
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
@@ -26,18 +30,15 @@ def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     x = plain("max_pool2d", input)
     if return_indices:
         raise SparseOpError("max_pool2d: return_indices=True has no meaning on packed rows")
-    return x.with_features(
-        *max_pool2d(x.features, x.patches, x.side, kernel_size, stride, padding, dilation, ceil_mode)
-    )
+    return functional.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 @rule(F.avg_pool2d, torch._C._nn.avg_pool2d)
 def _avg_pool2d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
-    x = plain("avg_pool2d", input)
-    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return x.with_features(*avg_pool2d(x.features, x.patches, x.side, *settings))
+    settings = (padding, ceil_mode, count_include_pad, divisor_override)
+    return functional.avg_pool2d(plain("avg_pool2d", input), kernel_size, stride, *settings)
 
 
 @rule(F.batch_norm)

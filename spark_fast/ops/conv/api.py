@@ -45,8 +45,26 @@ def conv2d(
         TypeError, ValueError: an argument does not fit the others; the message names it.
     """
     checks.check_rows("conv2d", features, patches, side)
-    if weight.dim() != 4:
-        raise ValueError(f"conv2d: weight must be (out, in / groups, kh, kw); got shape {tuple(weight.shape)}")
+    geometry = Geometry.of(patches, side, conv_window(weight, stride, padding, dilation), op="conv2d")
+    return convolve(features, geometry, weight, bias, groups), geometry.side_out
+
+
+def convolve(
+    features: torch.Tensor, geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
+) -> torch.Tensor:
+    """The convolution of `conv2d` from the rows of `geometry.source` to those of `geometry.query`, which may be other
+    patches (`spark_fast.ops.output_sets`); such a one is not traced by torch.compile.
+
+    Args:
+        features: (geometry.rows_in, C).
+        weight, bias, groups: as in `conv2d`.
+
+    Returns:
+        rows (geometry.rows_out, O).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; the message names it.
+    """
     features, weight, bias = checks.autocast(features, weight, bias)
     channels, out_channels = features.shape[1], weight.shape[0]
     if groups < 1 or channels % groups or out_channels % groups or channels // groups != weight.shape[1]:
@@ -56,19 +74,25 @@ def conv2d(
         )
     checks.check_like("conv2d", "weight", weight, features, None)
     checks.check_like("conv2d", "bias", bias, features, (out_channels,))
-    window = _window(tuple(weight.shape[2:]), stride, padding, dilation)
-    geometry = Geometry.of(patches, side, window, op="conv2d")
     if geometry.is_pointwise and groups == 1:
-        return linear(features, weight.flatten(1), bias), geometry.side_out
+        return linear(features, weight.flatten(1), bias)
     if groups == channels == out_channels and groups > 1:
-        return depthwise_conv2d(features, weight, bias, geometry), geometry.side_out
+        return depthwise_conv2d(features, weight, bias, geometry)
     if torch.compiler.is_compiling():
-        return graph.conv2d(features, weight, bias, groups, window_tables(geometry)), geometry.side_out
+        return graph.conv2d(features, weight, bias, groups, window_tables(geometry))
     run = backend.select("conv", features.device, features.dtype, features, weight, geometry, groups)
-    return Conv2dFunction.apply(features, weight, bias, geometry, groups, run), geometry.side_out
+    return Conv2dFunction.apply(features, weight, bias, geometry, groups, run)
 
 
-def _window(kernel: tuple[int, int], stride, padding, dilation) -> Window:
+def conv_window(weight: torch.Tensor, stride, padding, dilation) -> Window:
+    """The window of `conv2d`'s arguments.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
+    if weight.dim() != 4:
+        raise ValueError(f"conv2d: weight must be (out, in / groups, kh, kw); got shape {tuple(weight.shape)}")
+    kernel = tuple(weight.shape[2:])
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     if padding == "valid":
         padding = 0

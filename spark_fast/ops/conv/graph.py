@@ -68,6 +68,40 @@ def _backward(ctx, grad):
 forward.register_autograd(_backward, setup_context=_keep)
 
 
+def conv_transpose2d(features, weight, bias, groups: int, where: tuple) -> torch.Tensor:
+    """`where`: the geometry, of `graph.window_tables`, of the convolution that is transposed."""
+    return transposed(features, weight, bias, groups, backend.forced_in_graphs("conv"), *where)
+
+
+@graph.op(
+    "conv_transposed(Tensor features, Tensor weight, Tensor? bias, int groups, str backend, "
+    f"{graph.GEOMETRY}) -> Tensor",
+    fake=lambda features, weight, bias, groups, forced, *where: features.new_empty(
+        graph.rows_in(*where), weight.shape[1] * groups
+    ),
+)
+def transposed(features, weight, bias, groups, forced, *where):
+    geometry = graph.geometry(features.device, *where)
+    like = graph.input_rows(features, weight.shape[1] * groups, where)
+    run = graph.run("conv", forced, like, weight, geometry, groups)
+    out = run.grad_input(features.contiguous(), weight, geometry, groups).contiguous()
+    return out if bias is None else out + bias
+
+
+def _transposed_backward(ctx, grad):
+    features, weight, *tables = ctx.saved_tensors
+    rest, wanted = (ctx.groups, ctx.forced, *tables, *ctx.where), ctx.needs_input_grad
+    return (
+        forward(grad, weight, None, *rest) if wanted[0] else None,
+        grad_weight(features, grad, weight, *rest) if wanted[1] else None,
+        grad.sum(0) if wanted[2] else None,
+        *(None for _ in rest),
+    )
+
+
+transposed.register_autograd(_transposed_backward, setup_context=_keep)
+
+
 def has_cells(device: torch.device) -> bool:
     """Whether the backend that will run has the kernels of `up_composed`; the others have none."""
     return device.type == "cpu" and backend.forced_in_graphs("conv") in ("", "cpu")

@@ -118,7 +118,7 @@ def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torc
 def _sorted(geometry: Geometry, transposed: bool) -> bool:
     """Do rows differ so much in the taps they have that sorting them pays?"""
     window = geometry.window
-    if not 1 < window.taps <= MOST_SORTED or not (transposed or geometry.source is geometry.query):
+    if not 1 < window.taps <= MOST_SORTED:
         return False
     return (transposed and window.stride != (1, 1)) or max(geometry.patch_in if transposed else geometry.patch_out) <= 2
 
@@ -132,8 +132,9 @@ def schedule(geometry: Geometry, transposed: bool, block: int) -> tuple[torch.Te
         int32: order (rows,), counts (tiles,), lists (tiles, taps), sources (tiles, taps, block). Tile i needs the taps
         lists[i, :counts[i]]; its row j reads sources[i, n, j] at tap lists[i, n], negative where nothing.
     """
-    patches, same = geometry.source, geometry.source is geometry.query  # else the query is whole images
-    key = ("schedule", same, geometry.window, geometry.size_in, geometry.size_out, transposed, block)
+    patches = geometry.source
+    query = None if geometry.query is patches else geometry.query  # patches that hold themselves are not freed at once
+    key = ("schedule", query, geometry.window, geometry.size_in, geometry.size_out, transposed, block)
     if is_recording():  # no kernel runs that would fill the tables
         return _schedule(geometry, transposed, block)
     if key not in patches.derived:

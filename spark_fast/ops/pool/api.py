@@ -36,14 +36,24 @@ def max_pool2d(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     checks.check_rows("max_pool2d", features, patches, side)
-    window = _window("max_pool2d", kernel_size, stride, padding, dilation)
-    if window.taps > torch.iinfo(torch.int16).max:
-        raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {window.kernel}")
+    window = pool_window("max_pool2d", kernel_size, stride, padding, dilation)
     geometry = Geometry.of(patches, side, window, ceil_mode, "max_pool2d")
+    return max_pool(features, geometry), geometry.side_out
+
+
+def max_pool(features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """`max_pool2d` from the rows of `geometry.source` (rows_in, C) to those of `geometry.query` (rows_out, C), which
+    may be other patches (`spark_fast.ops.output_sets`); such a one is not traced by torch.compile.
+
+    Raises:
+        ValueError: the window has 2**15 elements or more.
+    """
+    if geometry.window.taps > torch.iinfo(torch.int16).max:
+        raise ValueError(f"max_pool2d: kernel_size must have less than 2**15 elements; got {geometry.window.kernel}")
     if torch.compiler.is_compiling():
-        return graph.max_pool2d(features, geometry), geometry.side_out
+        return graph.max_pool2d(features, geometry)
     run = backend.select("pool", features.device, features.dtype, features, geometry)
-    return MaxPool2dFunction.apply(features, geometry, run), geometry.side_out
+    return MaxPool2dFunction.apply(features, geometry, run)
 
 
 def avg_pool2d(
@@ -62,19 +72,36 @@ def avg_pool2d(
     Arguments, returns and errors as for `max_pool2d`, and as in torch.nn.functional.avg_pool2d.
     """
     checks.check_rows("avg_pool2d", features, patches, side)
-    window = _window("avg_pool2d", kernel_size, stride, padding, 1)
+    window = pool_window("avg_pool2d", kernel_size, stride, padding)
+    geometry = Geometry.of(patches, side, window, ceil_mode, "avg_pool2d")
+    return avg_pool(features, geometry, count_include_pad, divisor_override), geometry.side_out
+
+
+def avg_pool(
+    features: torch.Tensor, geometry: Geometry, count_include_pad: bool = True, divisor_override: int | None = None
+) -> torch.Tensor:
+    """`avg_pool2d` from the rows of `geometry.source` (rows_in, C) to those of `geometry.query` (rows_out, C), which
+    may be other patches (`spark_fast.ops.output_sets`); such a one is not traced by torch.compile.
+
+    Raises:
+        ValueError: `divisor_override` is 0.
+    """
     if divisor_override == 0:
         raise ValueError("avg_pool2d: divisor_override must not be 0")
-    geometry = Geometry.of(patches, side, window, ceil_mode, "avg_pool2d")
     half = features.dtype in (torch.float16, torch.bfloat16)
     rows = features.float() if half else features  # the sum may not fit the smaller type
-    ones = rows.new_ones(rows.shape[1], 1, *window.kernel)
+    ones = rows.new_ones(rows.shape[1], 1, *geometry.window.kernel)
     total = depthwise_conv2d(rows, ones, None, geometry)
     mean = total / (divisor_override or _divisor(geometry, count_include_pad))
-    return mean.to(features.dtype), geometry.side_out
+    return mean.to(features.dtype)
 
 
-def _window(op: str, kernel_size, stride, padding, dilation) -> Window:
+def pool_window(op: str, kernel_size, stride=None, padding=0, dilation=1) -> Window:
+    """The window of a pooling's arguments.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
     kernel = pair(kernel_size, "kernel_size")
     stride = kernel if stride is None or stride == [] else pair(stride, "stride")
     window = Window(kernel, stride, pair(padding, "padding"), pair(dilation, "dilation"))
@@ -85,7 +112,7 @@ def _window(op: str, kernel_size, stride, padding, dilation) -> Window:
 
 def _divisor(geometry: Geometry, count_include_pad: bool) -> torch.Tensor | int:
     """Elements in each output row's window: (rows_out, 1), or a number where all are equal."""
-    patches, side = geometry.patches, geometry.side_out
+    patches, side = geometry.query, geometry.side_out
     lengths = [_window_lengths(geometry, axis, count_include_pad) for axis in (0, 1)]
     if all(min(length) == max(length) for length in lengths):
         return lengths[0][0] * lengths[1][0]
