@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import math
 import threading
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spark_fast.ops.backend import BackendError
 from spark_fast.patches import ActivePatches
 from spark_fast.rules import SparseOpError
-from spark_fast.tensor import SparseTensor
+from spark_fast.tensor import SparseMap, SparseTensor
 
 PROBE_SIDE = 128  # pixels; larger than any total stride in use
+# Where timm's feature_info names no submodules: a layer that gives all maps.
+FEATURE_LAYERS = {"HighResolutionNet": ["stage4"]}
 
 
 class _Done(Exception):  # noqa: N818  (a signal, not an error)
@@ -113,14 +117,15 @@ class Encoder(nn.Module):
         finally:
             for module, training in was_training:
                 module.training = training
-        strides = [PROBE_SIDE // m.side for m in maps]
+        self.channels_last = [m.channels_last for m in maps]
+        strides = _strides([m.shape[2] for m in maps], self.model, self.feature_layers)
         self.used = _choose(self.name, strides, stages)
         self.strides = [strides[i] for i in self.used]
         self.channels = [maps[i].features.shape[1] for i in self.used]
         self.total_stride = self.strides[-1]
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
-        """The feature maps used, finest first.
+        """The feature maps used, finest first, each of 1 / stride of the images' size.
 
         Args:
             x: (B, C, H, W) sparse images.
@@ -138,9 +143,18 @@ class Encoder(nn.Module):
         return maps
 
     def feature_maps(self, x: SparseTensor | torch.Tensor) -> list:
-        """The feature maps used, finest first, of sparse or of dense images (then the network runs dense)."""
+        """The feature maps used, finest first, of sparse or of dense images (then the network runs dense).
+
+        Networks whose padding does not keep the size (Inception's) give maps that are a little smaller than the images'
+        size by the stride: these are resized to it, each pixel taking the nearest one's features.
+        """
         maps = self._tapped(x) if self.feature_layers else _as_list(self.model(x))
-        return maps if self.used is None else [maps[i] for i in self.used]
+        if self.used is None:
+            return maps
+        height, width = x.shape[2:]
+        maps = [maps[i].permute(0, 3, 1, 2) if self.channels_last[i] else maps[i] for i in self.used]
+        sizes = [(height // stride, width // stride) for stride in self.strides]
+        return [_resized(value, x, size) for value, size in zip(maps, sizes, strict=True)]
 
     def _tapped(self, x: SparseTensor | torch.Tensor) -> list:
         for tap in self.taps:
@@ -159,7 +173,7 @@ class Encoder(nn.Module):
         missing = [name for name in self.feature_layers if name not in found]
         if missing:
             raise ValueError(f"feature_layers: {', '.join(missing)} did not run in {self.name}'s forward")
-        return [found[name] for name in self.feature_layers]
+        return [value for name in self.feature_layers for value in _maps_in(found[name])]
 
 
 def _create(name: str, in_chans: int, drop_path_rate: float, kwargs: dict) -> nn.Module:
@@ -175,16 +189,22 @@ def _create(name: str, in_chans: int, drop_path_rate: float, kwargs: dict) -> nn
     return timm.create_model(name, **settings)
 
 
+def _declared(model: nn.Module) -> list[dict]:
+    """timm's feature_info."""
+    declared = getattr(model, "feature_info", None) or []
+    return declared if isinstance(declared, list) else list(declared.info)
+
+
 def _feature_layers(model: nn.Module, names: list[str] | None) -> list[str] | None:
     if isinstance(names, str):
         raise TypeError(f"feature_layers must be a list of names; got {names!r}. Write [{names!r}]")
     source = "feature_layers" if names is not None else "the layers that the model's feature_info declares"
     if names is None:
-        declared = getattr(model, "feature_info", None)
-        if not declared:
+        names = FEATURE_LAYERS.get(type(model).__name__) or [
+            info["module"] for info in _declared(model) if info["module"]
+        ]
+        if not names:
             return None
-        infos = declared if isinstance(declared, list) else list(declared.info)
-        names = [info["module"] for info in infos]
     known = dict(model.named_modules())
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -206,10 +226,44 @@ def _as_list(maps) -> list:
     return list(maps)
 
 
+def _strides(sizes: list[int], model: nn.Module, names: list[str] | None) -> list[int]:
+    """The maps' strides from their sizes; where these do not divide the image's, as timm's feature_info declares them,
+    or else the nearest powers of two."""
+    if all(PROBE_SIDE % size == 0 for size in sizes):
+        return [PROBE_SIDE // size for size in sizes]
+    declared = {info["module"]: info["reduction"] for info in _declared(model)}
+    if names and all(name in declared for name in names):
+        return [declared[name] for name in names]
+    return [1 << round(math.log2(PROBE_SIDE / size)) for size in sizes]
+
+
+def _maps_in(output) -> list:
+    """A layer's output as maps: of several ones, the first of each size."""
+    if not isinstance(output, list | tuple):
+        return [output]
+    by_size: dict = {}
+    for value in output:
+        by_size.setdefault(tuple(value.shape[2:]), value)
+    return list(by_size.values())
+
+
+def _resized(x, images: SparseTensor | torch.Tensor, size: tuple[int, int]):
+    """A map in its nominal size, and on the images' patches."""
+    if not isinstance(x, SparseMap | torch.Tensor) or tuple(x.shape[2:]) == size:
+        return x
+    if isinstance(x, torch.Tensor):
+        return F.interpolate(x, size, mode="nearest-exact")
+    return SparseTensor.from_dense(F.interpolate(x.to_dense(), size, mode="nearest-exact"), images.patches)
+
+
+def _is_no_power(ratio: float) -> bool:
+    return not ratio.is_integer() or int(ratio) & (int(ratio) - 1) != 0
+
+
 def _choose(name: str, strides: list[int], stages: int | None) -> list[int]:
     """Indices of the maps to use: the last of each stride, from stride 4 on, then the `stages` coarsest."""
-    if strides != sorted(strides) or any(s & (s - 1) for s in strides):
-        raise ValueError(f"{name}: the maps' strides must be powers of two, finest first; got {strides}")
+    if strides != sorted(strides) or any(_is_no_power(strides[-1] / s) for s in strides):
+        raise ValueError(f"{name}: each map must have the size of the last times a power of two; got strides {strides}")
     last = {stride: i for i, stride in enumerate(strides)}
     usable = [i for stride, i in last.items() if stride >= min(4, strides[-1])]
     if stages is None:

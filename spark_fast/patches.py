@@ -18,6 +18,8 @@ class ActivePatches:
 
     Attributes:
         active: bool (B, gh, gw).
+        origin: for the single pixels that stand for a patch mask on a map which is no whole number of pixels for each
+            patch, the patches of that mask; else None.
         grid_to_patch: int32 (B, gh, gw), index of the patch, -1 where masked.
         coords: int32 (P, 3), image, grid row and grid column of each patch.
         index: the same as three int64 (P,), for indexing.
@@ -28,6 +30,8 @@ class ActivePatches:
         TypeError: `active` is not a bool tensor.
         ValueError: `active` is not (B, gh, gw), or is on meta and to be counted, or `per_image` does not fit.
     """
+
+    origin: ActivePatches | None = None
 
     def __init__(self, active: torch.Tensor, per_image: int | None = None):
         if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
@@ -209,6 +213,32 @@ class ActivePatches:
         if not active.all():
             raise ValueError(_first(f"{int((~active).sum())} pixels are not active", coords, ~active))
         return patch * area + row % side * side + col % side
+
+    def image(self, number: int) -> ActivePatches:
+        """The patches of one image alone; made once."""
+        key = ("image", number)
+        if key not in self.derived:
+            with torch.inference_mode(False):
+                self.derived[key] = ActivePatches(self.active[number : number + 1], self.per_image)
+        return self.derived[key]
+
+    def at(self, size: tuple[int, int]) -> ActivePatches:
+        """The mask on a map of `size` (height, width) pixels: these patches where that is a whole number of pixels for
+        each, the same in both directions; else patches of one pixel, active if any of the mask's patches that they
+        touch is. Made once for a size, with a host sync for their number; maps of one size have the same patches.
+        """
+        mask = self.origin or self
+        (gh, gw), (height, width) = mask.grid, size
+        if height % gh == width % gw == 0 and height // gh == width // gw:
+            return mask
+        key = ("at", height, width)
+        if key not in mask.derived:
+            with torch.inference_mode(False):  # they stay, perhaps for a training step
+                active = torch.nn.functional.adaptive_max_pool2d(mask.active[:, None].float(), size)[:, 0] > 0
+                pixels = ActivePatches(active)
+                pixels.origin = mask
+            mask.derived[key] = pixels
+        return mask.derived[key]
 
     def complement(self) -> ActivePatches:
         """The masked patches, as patches, without a host sync; made once, since the loss and every stage's mask token

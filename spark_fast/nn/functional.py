@@ -1,11 +1,9 @@
 """The window ops on SparseTensors, with a choice of the output's active pixels.
 
 `output="mask"`: the active set moves to the output's resolution and does not grow. It is what an unmodified layer does
-on a SparseTensor. The output's patches are the input's; where patches are single pixels and the output has fewer, an
-output pixel is active if an active one lies in its cell of stride x stride pixels. `output="dilated"`: an output pixel
-is active if an active one lies in its window, as in spconv's SparseConv2d; patches then become single pixels.
-Sets of pixels that a call has to make (one host sync, for their number) are kept with the input's patches: layers of
-the same stride, or for "dilated" of the same window, share them, so that their outputs can be added.
+on a SparseTensor. `output="dilated"`: an output pixel is active if an active one lies in its window, as in spconv's
+SparseConv2d; patches then become single pixels. `spark_fast.ops.output_sets` defines both. Layers of the same stride,
+or for "dilated" of the same window, share their sets, so that their outputs can be added.
 
 Everywhere: inactive inputs count as 0, and an active output pixel has the value of the dense op on the zero-filled map.
 torch.compile breaks its graph where the output's patches are not the input's.
@@ -57,7 +55,7 @@ def conv2d(
     """
     _check("conv2d", x)
     window = conv_window(weight, stride, padding, dilation)
-    return _windowed("conv2d", x, window, output, False, convolve, weight, bias, groups)
+    return windowed("conv2d", x, window, output, False, convolve, weight, bias, groups)
 
 
 def max_pool2d(
@@ -81,7 +79,7 @@ def max_pool2d(
     """
     _check("max_pool2d", x)
     window = pool_window("max_pool2d", kernel_size, stride, padding, dilation)
-    return _windowed("max_pool2d", x, window, output, ceil_mode, max_pool)
+    return windowed("max_pool2d", x, window, output, ceil_mode, max_pool)
 
 
 def avg_pool2d(
@@ -107,7 +105,7 @@ def avg_pool2d(
     """
     _check("avg_pool2d", x)
     window = pool_window("avg_pool2d", kernel_size, stride, padding)
-    return _windowed("avg_pool2d", x, window, output, ceil_mode, avg_pool, count_include_pad, divisor_override)
+    return windowed("avg_pool2d", x, window, output, ceil_mode, avg_pool, count_include_pad, divisor_override)
 
 
 def conv_transpose2d(
@@ -176,7 +174,7 @@ def _check(op: str, x: SparseTensor) -> tuple[ActivePatches, int]:
     return x.patches, x.side
 
 
-def _windowed(
+def windowed(
     op: str, x: SparseTensor, window: Window, output: str, ceil_mode: bool, run: Callable, *settings
 ) -> SparseTensor:
     """`run(rows, geometry, *settings)`, to the output set that is asked for."""
@@ -184,11 +182,11 @@ def _windowed(
     if not output_sets.keeps_patches(x.patches, x.side, window, output, ceil_mode):
         if torch.compiler.is_compiling():
             return _windowed_untraced(op, x, window, output, ceil_mode, run, *settings)
-        x = x.to_pixels()
+        x = x.to_pixels() if output == "dilated" else x
     geometry = output_sets.geometry(x.patches, x.side, window, output, ceil_mode, op)
     return SparseTensor(run(x.features, geometry, *settings), geometry.query, geometry.side_out)
 
 
 _COUNTED = "the output's active pixels are counted"
-_windowed_untraced = torch.compiler.disable(_windowed, reason=_COUNTED)
+_windowed_untraced = torch.compiler.disable(windowed, reason=_COUNTED)
 _inverse_untraced = torch.compiler.disable(_inverse, reason=_COUNTED)

@@ -73,7 +73,7 @@ def dense_tables(source: ActivePatches | None, batch: int, size: tuple[int, int]
 
 
 def numbers(window: Window) -> tuple[int, ...]:
-    return *window.kernel, *window.stride, *window.padding, *window.dilation
+    return *window.kernel, *window.stride, *window.padding, *window.dilation, *window.extra
 
 
 def geometry(device: torch.device, coords, grid_to_patch, per_image, to_dense, size_in, size_out, window) -> Geometry:
@@ -82,7 +82,7 @@ def geometry(device: torch.device, coords, grid_to_patch, per_image, to_dense, s
     batch, *size = size_in
     whole = new_whole_images(batch, device) if coords is None or to_dense else None
     source = whole if coords is None else ActivePatches.from_tables(coords, grid_to_patch, per_image)
-    pairs = (tuple(window[i : i + 2]) for i in range(0, 8, 2))
+    pairs = (tuple(window[i : i + 2]) for i in range(0, len(window), 2))
     return Geometry(source, whole if to_dense else source, Window(*pairs), tuple(size), tuple(size_out))
 
 

@@ -1,9 +1,13 @@
-"""Which pixels of a window op's output are active, where the input is patches of one pixel each: any set of pixels.
+"""Which pixels of a window op's output are active.
 
-"mask": the set moves to the output's resolution and does not grow (submanifold): an output pixel is active where an
-active input pixel lies in its cell of stride x stride pixels. "dilated": where one lies in its window, as in spconv's
-SparseConv2d. Sets are made on the device with one host sync, for the count, and kept with the input's patches, so that
-layers share them.
+"mask": the set moves to the output's resolution and does not grow (submanifold). A mask of patches stays that mask: its
+patches have other sides on the output, and where they would not be a whole number of pixels (padding that does not keep
+the size) the mask is read at the output's pixels (`ActivePatches.at`). In any set of single pixels an output pixel is
+active where an active input pixel lies in its cell of stride x stride pixels.
+"dilated": where one lies in its window, as in spconv's SparseConv2d.
+
+Sets are made on the device with one host sync, for the count, and kept with the input's patches, so that layers share
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +31,11 @@ def keeps_patches(patches: ActivePatches, side: int, window: Window, output: str
     if output == "dilated":
         return window == Window((1, 1), dilation=window.dilation)
     (gh, gw), (height, width) = patches.grid, window.out_size(_size(patches, side), ceil_mode)
-    return side > 1 or (height % gh == width % gw == 0 and height // gh == width // gw)
+    if min(height, width) < 1:
+        return True  # an error to come
+    if side > 1 or patches.origin is not None:
+        return patches.at((height, width)) is patches
+    return height % gh == width % gw == 0 and height // gh == width // gw
 
 
 def geometry(
@@ -35,13 +43,10 @@ def geometry(
 ) -> Geometry:
     """The geometry of `window` from the rows of `patches` to those of its output set.
 
-    Where the output map is a whole number of pixels for each patch, the output's patches are the input's. Otherwise
-    they are patches of one pixel, of a grid of the output's size.
-
     Raises:
-        ValueError: `output` is neither "mask" nor "dilated"; "dilated" and patches of more than one pixel; or "mask"
-            and an output map that is neither a whole number of pixels for each patch nor, for patches of one pixel, as
-            large as the input's cells of stride x stride pixels.
+        ValueError: `output` is neither "mask" nor "dilated"; "dilated" and patches of more than one pixel; the kernel
+            is larger than the map; or "mask", a set of single pixels and an output map that is neither a whole number
+            of pixels for each of them nor as large as the input's cells of stride x stride pixels.
     """
     check_output(op, output)
     if keeps_patches(patches, side, window, output, ceil_mode):
@@ -54,6 +59,8 @@ def geometry(
         if side != 1:
             raise ValueError(f"{op}: output='dilated' takes patches of one pixel; use x.to_pixels() first")
         return Geometry(patches, _reached(patches, window, size_out), window, size_in, size_out)
+    if side > 1 or patches.origin is not None:
+        return Geometry(patches, patches.at(size_out), window, size_in, size_out)
     cells = zip(size_in, window.stride, size_out, strict=True)
     if not all(out in (length // stride, -(-length // stride)) for length, stride, out in cells):
         raise ValueError(

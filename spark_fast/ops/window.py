@@ -6,7 +6,7 @@ Per axis, output coordinate o reads input coordinate `o * stride - padding + k *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -28,19 +28,45 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     return both
 
 
+def padding_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """The argument `padding` of an op as (rows, columns).
+
+    Raises:
+        ValueError: it is negative, or no integers.
+    """
+    both = pair(value, "padding")
+    if min(both) < 0:
+        raise ValueError(f"padding must be at least 0; got {value!r}")
+    return both
+
+
 @dataclass(frozen=True)
 class Window:
-    """Kernel, stride, padding and dilation of a window op, each (rows, columns)."""
+    """Kernel, stride, padding and dilation of a window op, each (rows, columns).
+
+    `padding` is that of both ends, to which `extra` adds at the end: TensorFlow's "same". Both may be negative: a crop.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    extra: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
-        for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-            if min(getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("kernel", "stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Does PyTorch's own `padding` argument say it?"""
+        return self.extra == (0, 0) and min(self.padding) >= 0
+
+    def padded(self, top: int, bottom: int, left: int, right: int) -> Window:
+        """This window on a map padded so before."""
+        extra = self.extra[0] + bottom - top, self.extra[1] + right - left
+        return replace(self, padding=(self.padding[0] + top, self.padding[1] + left), extra=extra)
 
     @property
     def taps(self) -> int:
@@ -52,7 +78,7 @@ class Window:
 
     def _out_length(self, axis: int, length: int, ceil_mode: bool) -> int:
         stride, padding = self.stride[axis], self.padding[axis]
-        reach = length + 2 * padding - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        reach = length + 2 * padding + self.extra[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1
         out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
         if ceil_mode and (out - 1) * stride >= length + padding:
             out -= 1  # the last window must start inside the image or its left padding

@@ -6,20 +6,55 @@ simulation of the method. It skips nothing, hence a warning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 from spark_fast.rules.pointwise import common
-from spark_fast.rules.registry import named, warn_dense
+from spark_fast.rules.registry import name_of, named, warn_dense, where
 from spark_fast.rules.views import plain
 from spark_fast.tensor import SparseMap, SparseTensor
 
 LOCAL = frozenset(named("lp_pool2d local_response_norm grid_sample upsample_bilinear"))
+_notes: list[list[Fallback]] = []
+
+
+class Fallback:
+    """One run on the dense map: the operation with its module, and how long it took."""
+
+    def __init__(self, operation: str, seconds: float):
+        self.operation, self.seconds = operation, seconds
+
+
+@contextmanager
+def noted_fallbacks() -> Iterator[list[Fallback]]:
+    """What runs on the dense map while the block runs (in this process)."""
+    notes: list[Fallback] = []
+    _notes.append(notes)
+    try:
+        yield notes
+    finally:
+        _notes.remove(notes)
+
+
+def on_dense(op: str, like: SparseTensor, compute: Callable[[], torch.Tensor]) -> SparseTensor:
+    """`compute()`, a dense map (B, C, H, W), masked again as `like` is."""
+    warn_dense(op)
+    started = time.perf_counter()
+    out = compute()
+    out = SparseTensor.from_dense(out, like.patches.at(tuple(out.shape[2:])))
+    for notes in _notes:
+        notes.append(Fallback(op + where(), time.perf_counter() - started))
+    return out
 
 
 def through_dense(func: Callable, args: tuple, kwargs: dict) -> SparseTensor:
-    like = common(func, args + tuple(kwargs.values()))
-    plain(func.__name__, like)
-    warn_dense(func)
-    dense = [a.to_dense() if isinstance(a, SparseMap) else a for a in args]
-    out = func(*dense, **{k: v.to_dense() if isinstance(v, SparseMap) else v for k, v in kwargs.items()})
-    return SparseTensor.from_dense(out, like.patches)
+    like = plain(name_of(func), common(func, args + tuple(kwargs.values())))
+
+    def compute() -> torch.Tensor:
+        dense = [a.to_dense() if isinstance(a, SparseMap) else a for a in args]
+        return func(*dense, **{k: v.to_dense() if isinstance(v, SparseMap) else v for k, v in kwargs.items()})
+
+    return on_dense(name_of(func), like, compute)

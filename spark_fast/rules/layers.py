@@ -6,16 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from spark_fast.nn import functional
+from spark_fast.ops.conv.api import conv_window
 from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, layer_norm
 from spark_fast.rules.dense import through_dense
+from spark_fast.rules.padded import per_image_conv2d
 from spark_fast.rules.registry import SparseOpError, named, rule, where
-from spark_fast.rules.views import make, plain
+from spark_fast.rules.views import SparseView, make, plain
 from spark_fast.tensor import SparseMap
 
 
 @rule(torch.conv2d, F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if isinstance(input, SparseView) and "X" in input.dims:
+        return per_image_conv2d(input, conv_window(weight, stride, padding, dilation), weight, bias, groups)
     return functional.conv2d(plain("conv2d", input), weight, bias, stride, padding, dilation, groups)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 RULES: dict[Callable, Callable] = {}
-_warned: set[Callable] = set()
+_warned: set[str] = set()
 
 
 class SparseOpError(NotImplementedError):
@@ -61,12 +61,12 @@ def refusal(func: Callable) -> SparseOpError:
     )
 
 
-def warn_dense(func: Callable) -> None:
-    """One warning for each function that runs on the dense map."""
-    if func not in _warned:
-        _warned.add(func)
+def warn_dense(op: str) -> None:
+    """One warning for each operation that runs on the dense map."""
+    if op not in _warned:
+        _warned.add(op)
         warnings.warn(
-            f"{name_of(func)}{where()} has no sparse rule: it runs on the dense, zero-filled map and is masked again "
+            f"{op}{where()} has no sparse rule: it runs on the dense, zero-filled map and is masked again "
             "(exact, but no pixel is skipped)",
             stacklevel=5,
         )

@@ -146,6 +146,10 @@ def reshaped(x: SparseMap, shape: Sequence[int]):
     if cells is not None:
         return cells
     steps = _match(x, shape)
+    if steps is None and x.patches.batch == 1 and "B" in x.dims:  # a single image's dimension goes anywhere
+        first = x.dims.index("B")
+        x = _permuted(x, [first, *(p for p in range(len(x.dims)) if p != first)])
+        steps = _match(x, shape)
     if steps is None:
         merged = _with_space_joined(x, shape)
         if merged is not None:

@@ -52,6 +52,18 @@ class SplitAttention(nn.Module):
         return self.module(x)
 
 
+class ConditionalConv(nn.Module):
+    """timm's CondConv2d: a kernel for each image."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.conv = tl.CondConv2d(CHANNELS, 8, 3, num_experts=4, bias=True, **kwargs)
+        self.routing = nn.Linear(CHANNELS, 4)
+
+    def forward(self, x):
+        return self.conv(x, self.routing(x.mean((2, 3))).sigmoid())
+
+
 class Statistics(nn.Module):
     """Reductions over channels and over space."""
 
@@ -127,6 +139,9 @@ LOCAL = {
     "StdConv2dSame": lambda: tl.StdConv2dSame(CHANNELS, 8, 3, stride=2),
     "ScaledStdConv2d": lambda: tl.ScaledStdConv2d(CHANNELS, 8, 3, padding=1),
     "ScaledStdConv2dSame": lambda: tl.ScaledStdConv2dSame(CHANNELS, 8, 3, stride=2, padding="same"),
+    "CondConv2d": lambda: ConditionalConv(stride=2, padding=1),
+    "CondConv2dSame": lambda: ConditionalConv(stride=2, padding="same"),
+    "CondConv2d depthwise": lambda: ConditionalConv(padding=1, groups=8),
     "MixedConv2d": lambda: tl.MixedConv2d(CHANNELS, CHANNELS, [3, 5, 7], depthwise=True),
     "BlurPool2d": lambda: tl.BlurPool2d(CHANNELS),
     "BlurPool2d of 5": lambda: tl.BlurPool2d(CHANNELS, filt_size=5),

@@ -10,7 +10,7 @@ from spark_fast.ops.conv import graph
 from spark_fast.ops.depthwise.api import depthwise_conv2d
 from spark_fast.ops.graph import window_tables
 from spark_fast.ops.linear.api import linear
-from spark_fast.ops.window import Geometry, Window, pair
+from spark_fast.ops.window import Geometry, Window, padding_pair, pair
 from spark_fast.patches import ActivePatches
 
 
@@ -97,16 +97,13 @@ def conv_window(weight: torch.Tensor, stride, padding, dilation) -> Window:
     if padding == "valid":
         padding = 0
     elif padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"conv2d: padding='same' needs stride 1; got {stride}. Give the padding as numbers")
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        if stride != (1, 1) or any(r % 2 for r in reach):
-            raise ValueError(
-                f"conv2d: padding='same' needs stride 1 and an odd reach (dilation * (kernel - 1) even); got kernel "
-                f"{kernel}, stride {stride}, dilation {dilation}. Give the padding as numbers"
-            )
-        padding = (reach[0] // 2, reach[1] // 2)
+        return Window(kernel, stride, (reach[0] // 2, reach[1] // 2), dilation, (reach[0] % 2, reach[1] % 2))
     elif isinstance(padding, str):
         raise ValueError(f"conv2d: padding must be integers, 'same' or 'valid'; got {padding!r}")
-    return Window(kernel, stride, pair(padding, "padding"), dilation)
+    return Window(kernel, stride, padding_pair(padding), dilation)
 
 
 def trial(run, features, weight, geometry: Geometry, groups: int) -> None:

@@ -11,6 +11,12 @@ from spark_fast.ops.window import Geometry
 from spark_fast.patches import ActivePatches
 
 
+def unsupported(features, weight, geometry: Geometry, groups: int) -> str | None:
+    if geometry.window.is_symmetric:
+        return None
+    return f"PyTorch's convolution pads both ends alike; got {geometry.window}"
+
+
 def forward(features, weight, bias, geometry: Geometry, groups: int) -> torch.Tensor:
     image = _image(features, geometry.source, geometry.size_in)
     return gather(F.conv2d(image, weight, bias, *_settings(geometry), groups), geometry.query)

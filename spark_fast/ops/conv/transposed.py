@@ -9,7 +9,7 @@ from spark_fast.ops import backend, checks
 from spark_fast.ops.conv import graph
 from spark_fast.ops.graph import window_tables
 from spark_fast.ops.linear.api import linear
-from spark_fast.ops.window import Geometry, Window, pair
+from spark_fast.ops.window import Geometry, Window, padding_pair, pair
 from spark_fast.patches import ActivePatches
 
 
@@ -97,7 +97,7 @@ def transposed_window(weight: torch.Tensor, stride, padding, dilation) -> Window
         raise ValueError(
             f"conv_transpose2d: weight must be (in, out / groups, kh, kw); got shape {tuple(weight.shape)}"
         )
-    settings = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+    settings = (pair(stride, "stride"), padding_pair(padding), pair(dilation, "dilation"))
     return Window(tuple(weight.shape[2:]), *settings)
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from spark_fast.ops import backend, checks
 from spark_fast.ops.depthwise.api import depthwise_conv2d
 from spark_fast.ops.pool import graph
-from spark_fast.ops.window import Geometry, Window, pair
+from spark_fast.ops.window import Geometry, Window, padding_pair, pair
 from spark_fast.patches import ActivePatches
 
 
@@ -104,7 +104,7 @@ def pool_window(op: str, kernel_size, stride=None, padding=0, dilation=1) -> Win
     """
     kernel = pair(kernel_size, "kernel_size")
     stride = kernel if stride is None or stride == [] else pair(stride, "stride")
-    window = Window(kernel, stride, pair(padding, "padding"), pair(dilation, "dilation"))
+    window = Window(kernel, stride, padding_pair(padding), pair(dilation, "dilation"))
     if any(2 * p > k for p, k in zip(window.padding, kernel, strict=True)):
         raise ValueError(f"{op}: padding must be at most half of the kernel; got {window.padding} for {kernel}")
     return window
