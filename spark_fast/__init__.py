@@ -4,7 +4,14 @@ from spark_fast import nn, ops
 from spark_fast.decoder import Decoder
 from spark_fast.densify import Densify
 from spark_fast.encoder import Encoder
-from spark_fast.mask import random_patch_mask
+from spark_fast.mask import (
+    block_patch_mask,
+    grid_patch_mask,
+    keep_count,
+    mesh_patch_mask,
+    random_patch_mask,
+    register_mask,
+)
 from spark_fast.memory import keep_memory
 from spark_fast.nn import to_dense, to_sparse
 from spark_fast.ops.backend import BackendError, use_backend
@@ -18,8 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivePatches", "BackendError", "Decoder", "Densify", "Encoder", "SparK", "SparseOpError", "SparseTensor",
-    "autotune", "keep_memory", "load_released", "nn", "ops", "pretrain", "random_patch_mask", "rule", "to_dense",
-    "to_sparse", "use_backend",
+    "autotune", "block_patch_mask", "grid_patch_mask", "keep_count", "keep_memory", "load_released", "mesh_patch_mask",
+    "nn", "ops", "pretrain", "random_patch_mask", "register_mask", "rule", "to_dense", "to_sparse", "use_backend",
 ]  # fmt: skip
 
 

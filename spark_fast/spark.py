@@ -9,7 +9,7 @@ from spark_fast.decoder import Decoder
 from spark_fast.densify import Densify
 from spark_fast.encoder import Encoder
 from spark_fast.loss import fill_masked, patch_loss
-from spark_fast.mask import keep_count, random_patch_mask
+from spark_fast.mask import FixedMask, MaskKind, MaskRatio, check_range, find_mask, is_exact, keep_count
 from spark_fast.patches import ActivePatches
 from spark_fast.tensor import SparseTensor
 
@@ -20,17 +20,21 @@ class SparK(nn.Module):
     Args:
         model: a timm model name, or a module written for (B, C, H, W); see `Encoder`.
         img_size: height and width in pixels, or one number for both; a multiple of `patch_size`.
-        mask_ratio: share of the patches that is hidden.
+        mask_ratio: share of the patches that is hidden. Two numbers (low, high): each image's is drawn from between.
         patch_size: a mask patch's side in pixels, a multiple of the network's total stride; default: that stride.
         in_chans: image channels.
         decoder_width: channels of the decoder at the coarsest scale.
         stages: how many of the network's maps are used, from the coarsest; default: all of stride 4 and more.
         densify_norm: "bn", "ln", "none", or "auto": as the network's own norms.
         feature_layers, drop_path_rate, model_kwargs: see `Encoder`.
+        mask: the kind of mask that `forward` draws: "random", "block", "grid", "mesh" or a name of `register_mask`; a
+            function with the arguments of `random_patch_mask`; or a bool tensor (gh, gw), True = visible, for every
+            image, whose share of hidden patches is then the mask_ratio.
 
     Attributes:
         encoder, densify, decoder: the three parts. `encoder.model` is the backbone.
-        grid: (gh, gw) patches. len_keep: visible patches per image.
+        grid: (gh, gw) patches. len_keep: visible patches per image, None where that is known by counting only: with a
+            range of ratios, and with a function that does not promise it (see `register_mask`).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -40,7 +44,7 @@ class SparK(nn.Module):
         self,
         model: str | nn.Module,
         img_size: int | tuple[int, int] = 224,
-        mask_ratio: float = 0.6,
+        mask_ratio: float | tuple[float, float] = 0.6,
         patch_size: int | None = None,
         in_chans: int = 3,
         decoder_width: int = 768,
@@ -49,23 +53,22 @@ class SparK(nn.Module):
         feature_layers: list[str] | None = None,
         drop_path_rate: float = 0.0,
         model_kwargs: dict | None = None,
+        mask: str | MaskKind | torch.Tensor = "random",
     ):
         super().__init__()
         self.img_size = _size(img_size)
         self.in_chans = in_chans
-        self.mask_ratio = mask_ratio
+        self.mask = find_mask(mask)
         self.encoder = Encoder(
             model, in_chans, stages, feature_layers, drop_path_rate, model_kwargs
         )  # fmt: skip
         stride = self.encoder.total_stride
         self.patch_size = stride if patch_size is None else patch_size
         self.grid = _grid(self.img_size, self.patch_size, stride)
-        self.len_keep = keep_count(self.grid, mask_ratio)
-        if mask_ratio > 0 and self.len_keep == self.grid[0] * self.grid[1]:
-            raise ValueError(
-                f"mask_ratio={mask_ratio} hides no patch of a grid of {self.grid[0]}x{self.grid[1]}, so that there is "
-                "nothing to predict: raise mask_ratio, use larger images or a smaller patch_size"
-            )
+        if isinstance(self.mask, FixedMask):
+            self.mask.check(self.grid)
+            mask_ratio = self.mask.mask_ratio
+        self.set_mask_ratio(mask_ratio)
         self.decoder = Decoder(stride, decoder_width, in_chans)
         # Scale k of the decoder has 1 / 2**k of the total stride; stages are listed from the coarsest.
         self.scales = [(stride // s).bit_length() - 1 for s in reversed(self.encoder.strides)]
@@ -78,16 +81,52 @@ class SparK(nn.Module):
         batch: int,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        mask_ratio: MaskRatio | None = None,
     ) -> torch.Tensor:
-        """A mask for `batch` images: bool (B, gh, gw), True = visible, `len_keep` patches in each."""
-        return random_patch_mask(batch, self.grid, self.mask_ratio, generator, device)
+        """A mask of the model's kind for `batch` images: bool (B, gh, gw), True = visible.
+
+        Args:
+            generator, device: see `random_patch_mask`.
+            mask_ratio: instead of the model's; also a tensor (B,), one ratio per image.
+
+        Raises:
+            TypeError, ValueError: the model's `mask` is a function that returned something else.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        active = self.mask(batch, self.grid, ratio, generator, device)
+        if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
+            got = active.dtype if isinstance(active, torch.Tensor) else type(active).__name__
+            raise TypeError(f"mask must return a bool tensor (True = visible); got {got}")
+        if tuple(active.shape) != (batch, *self.grid):
+            raise ValueError(
+                f"mask must return (B, gh, gw) = ({batch}, {self.grid[0]}, {self.grid[1]}); got {tuple(active.shape)}"
+            )
+        return active if device is None else active.to(device)
+
+    def set_mask_ratio(self, mask_ratio: float | tuple[float, float]) -> None:
+        """Another share of hidden patches from now on, as a schedule of ratios wants.
+
+        Raises:
+            TypeError, ValueError: it is none, or it hides no patch or all of this grid.
+        """
+        most = check_range(self.grid, mask_ratio)[1] if isinstance(mask_ratio, tuple | list) else mask_ratio
+        keep = keep_count(self.grid, most)
+        if most > 0 and keep == self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"mask_ratio={most} hides no patch of a grid of {self.grid[0]}x{self.grid[1]}, so that there is "
+                "nothing to predict: raise mask_ratio, use larger images or a smaller patch_size"
+            )
+        if isinstance(self.mask, FixedMask) and mask_ratio != self.mask.mask_ratio:
+            raise ValueError(f"mask_ratio={mask_ratio}, but the mask is a tensor that hides {self.mask.mask_ratio:g}")
+        self.mask_ratio = mask_ratio
+        self.len_keep = keep if is_exact(self.mask, mask_ratio) else None
 
     def forward(self, images: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
         """The reconstruction loss over the masked patches, a scalar.
 
         Args:
             images: (B, in_chans, height, width), normalised, the parameters' dtype (any floating one under autocast).
-            active: bool (B, gh, gw), True = visible; by default drawn at random.
+            active: bool (B, gh, gw), True = visible; by default drawn at random, as `mask` says.
 
         Raises:
             TypeError, ValueError: `images` or `active` do not fit the model.

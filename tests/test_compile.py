@@ -98,6 +98,22 @@ def test_the_whole_step_is_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", ["block", "grid", "mesh", torch.eye(2, 3) > 0], ids=["block", "grid", "mesh", "fixed"])
+def test_masks_of_every_kind_are_drawn_in_the_graph(mask):
+    model = stir(sf.SparK(Net(), img_size=(32, 48), mask_ratio=0.5, decoder_width=32, mask=mask)).double().train()
+    graphs = CompileCounterWithBackend("eager")
+    compare_steps(model, graphs, EXACT, [None] * 2, batches=(2, 2))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.slow
+def test_ratios_drawn_per_image():
+    """Patches are counted, as those of a given mask."""
+    model = stir(sf.SparK(Net(), img_size=(32, 48), mask_ratio=(0.2, 0.8), decoder_width=32)).double().train()
+    compare_steps(model, "aot_eager", EXACT, [None] * 2, batches=(2, 2), fullgraph=False)
+
+
+@pytest.mark.slow
 def test_a_given_mask_of_unequal_counts():
     """Its patches are counted, which breaks the graph; the rest is compiled."""
     model = stir(sf.SparK(Net(), img_size=(32, 48), mask_ratio=0.5, decoder_width=32)).double().train()

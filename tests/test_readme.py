@@ -1,7 +1,10 @@
-"""Every command and example of the README works; its benchmark table is the one made from the saved results."""
+"""Every command and example of the README and of docs/masks.md works; the README's benchmark table is the one made from
+the saved results."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -14,7 +17,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)( notest)?\n(.*?)```", README, re.DOTALL)
+BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+MASKS = BLOCK.findall((ROOT / "docs" / "masks.md").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +46,10 @@ def test_python_examples_run_in_order(folder, monkeypatch):
     assert names["dense"].shape == names["same"].shape == (4, 64, 32, 48)
 
 
-def commands_of(kind: str) -> list[list[str]]:
+def commands_of(kind: str, blocks: list = BLOCKS) -> list[list[str]]:
     """The arguments of every `spark-fast` command in blocks of this kind: "" or " notest"."""
-    lines = [line for language, note, code in BLOCKS if (language, note) == ("sh", kind) for line in code.splitlines()]
+    codes = [code.replace("\\\n", "") for language, note, code in blocks if (language, note) == ("sh", kind)]
+    lines = [line for code in codes for line in code.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("spark-fast")]
 
 
@@ -59,6 +65,15 @@ def test_commands_for_a_gpu_are_understood(folder, monkeypatch, capsys):
         assert "cuda_graph is True, which needs a CUDA GPU" in capsys.readouterr().err
 
 
+def smaller(command: list[str], model: str = "resnet18", side: str = "64") -> list[str]:
+    """The command with a smaller network, image and run."""
+    sizes = {"resnet50": model, "300": "1", "64": "4"}
+    command = [sizes.get(word, word) for word in command]
+    if command[0] == "pretrain":
+        command += ["--img-size", side, "--decoder-width", "32", "--workers", "0"]
+    return command
+
+
 @pytest.mark.slow
 def test_commands_run(folder, monkeypatch):
     """As written, but with a smaller network, image and run."""
@@ -67,15 +82,37 @@ def test_commands_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
     commands = commands_of("")
     assert [c[0] for c in commands] == ["pretrain", "pretrain", "reconstruct", "export"]
-    smaller = {"resnet50": "resnet18", "300": "1", "64": "4"}
     for command in commands:
-        command = [smaller.get(word, word) for word in command]
-        if command[0] == "pretrain":
-            command += ["--img-size", "64", "--decoder-width", "32", "--workers", "0"]
-        assert main(command) == 0, command
+        assert main(smaller(command)) == 0, command
     for name in ("metrics.jsonl", "train.log", "config.json"):
         assert (folder / "runs" / "first" / name).exists()
     assert (folder / "filled.png").exists() and (folder / "resnet50.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_examples_of_masks_run_in_order_and_print_what_is_said():
+    printed, names = io.StringIO(), {}
+    codes = [code for language, _, code in MASKS if language == "python"]
+    assert len(codes) == 5 and not any(skipped for _, skipped, _ in MASKS)
+    with contextlib.redirect_stdout(printed):
+        for code in codes:
+            exec(compile(code, "masks.md", "exec"), names)
+    said = [text for language, _, text in MASKS if language == "text"]
+    assert len(said) == 2 and all(text in printed.getvalue() for text in said), printed.getvalue()
+    assert names["filled"].shape == (4, 3, 96, 96) and names["y"].features.shape == (2 * 154, 8)
+
+
+def test_commands_of_masks_run(folder, monkeypatch):
+    """As written, but with a smaller network, image and run."""
+    from spark_fast.cli import main
+
+    monkeypatch.chdir(folder)
+    commands = commands_of("", MASKS)
+    assert [c[0] for c in commands] == ["pretrain", "reconstruct", "pretrain", "pretrain"]
+    for command in commands:
+        assert main(smaller(command, "test_resnet", "96")) == 0, command
+    assert '"mask_kind": "block"' in (folder / "runs" / "block" / "config.json").read_text()
+    assert '"mask_ratio": [0.4, 0.8]' in (folder / "runs" / "range" / "metrics.jsonl").read_text()
 
 
 def test_make_targets_exist():

@@ -281,6 +281,13 @@ def test_the_mask_is_drawn_from_the_global_generator():
         ({"img_size": 96, "patch_size": 64}, "patch_size"),
         ({"img_size": 96, "mask_ratio": 1.0}, "mask_ratio"),
         ({"img_size": 96, "mask_ratio": -0.1}, "mask_ratio"),
+        ({"img_size": 96, "mask_ratio": (0.5, 0.4)}, "mask_ratio"),
+        ({"img_size": 96, "mask_ratio": (-0.5, 0.4)}, "mask_ratio"),
+        ({"img_size": 96, "mask_ratio": (0.5, 0.99)}, "mask_ratio"),
+        ({"img_size": 96, "mask_ratio": (0.5,)}, "mask_ratio"),
+        ({"img_size": 96, "mask": "blocks"}, "mask='blocks'"),
+        ({"img_size": 96, "mask": None}, "mask must be"),
+        ({"img_size": 96, "mask": torch.zeros(3, 3, dtype=torch.bool)}, "mask as a tensor"),
         ({"img_size": 96, "stages": 0}, "stages"),
         ({"img_size": 96, "stages": 9}, "stages"),
         ({"img_size": 96, "decoder_width": 33}, "decoder_width"),
@@ -334,3 +341,128 @@ def test_nothing_to_predict_is_refused_or_zero():
         assert "active" in str(error)
     else:
         assert float(loss.detach()) == 0
+
+
+SMALLEST = {"model": "resnet18", "img_size": (96, 128), "decoder_width": 32, "model_kwargs": TINY["resnet18"]}
+
+
+@pytest.fixture
+def _one_thread():
+    """Steps of this size gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("mask", ["random", "block", "grid", "mesh", torch.eye(3) > 0])
+@pytest.mark.parametrize("ratio", [0.6, (0.4, 0.8)])
+def test_the_loss_falls_under_every_kind_of_mask(mask, ratio):
+    spark = sf.SparK("test_resnet", 96, decoder_width=32, mask=mask, mask_ratio=ratio).train()
+    y, x = torch.meshgrid(torch.linspace(0, 9, 96), torch.linspace(0, 9, 96), indexing="ij")
+    images = torch.stack([torch.stack([(a * x + c * y).sin() for c in (0.3, 1, 2)]) for a in (1, 0.5)])
+    optimizer, losses = torch.optim.Adam(spark.parameters(), 3e-3), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = spark(images)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert statistics.mean(losses[-4:]) < statistics.mean(losses[:4]) - 0.03
+
+
+@pytest.mark.parametrize("mask", ["random", "block", "grid", "mesh"])
+def test_masks_of_the_kind_and_the_ratio(mask):
+    spark = sf.SparK(**SMALLEST, mask=mask, mask_ratio=0.5)
+    direct = getattr(sf, f"{mask}_patch_mask")
+    images = torch.randn(2, 3, 96, 128)
+    torch.manual_seed(3)
+    first = spark(images)
+    torch.manual_seed(3)
+    active = direct(2, (3, 4), 0.5)
+    assert spark.len_keep == 6 and torch.equal(first, spark(images, active))
+    given = [torch.Generator().manual_seed(1) for _ in "12"]
+    ratios = torch.tensor([0.25, 0.75])
+    active = spark.random_mask(2, given[0], mask_ratio=ratios)
+    assert torch.equal(active, direct(2, (3, 4), ratios, given[1])) and active.sum((1, 2)).tolist() == [9, 3]
+
+
+def test_ratios_drawn_per_image():
+    """Counts differ from image to image; forward draws what random_mask draws."""
+    spark = sf.SparK(**SMALLEST, mask_ratio=(0.25, 0.75))
+    assert spark.len_keep is None and "mask_ratio=(0.25, 0.75)" in repr(spark)
+    images = torch.randn(8, 3, 96, 128)
+    torch.manual_seed(3)
+    first = spark(images)
+    torch.manual_seed(3)
+    active = spark.random_mask(8)
+    kept = active.sum((1, 2)).tolist()
+    assert len(set(kept)) > 2 and all(3 <= k <= 9 for k in kept)
+    assert torch.equal(first, spark(images, active))
+
+
+def test_another_ratio():
+    spark = sf.SparK(**SMALLEST, mask_ratio=0.5)
+    spark.set_mask_ratio(0.75)
+    assert (spark.mask_ratio, spark.len_keep) == (0.75, 3)
+    assert spark.random_mask(2).sum((1, 2)).tolist() == [3, 3]
+    assert float(spark(torch.randn(2, 3, 96, 128)).detach()) > 0
+    for ratio, word in [(0.01, "hides no patch"), (0.99, "no visible patch"), ((0.0, 0.01), "hides no patch")]:
+        with pytest.raises(ValueError, match=word):
+            spark.set_mask_ratio(ratio)
+    assert (spark.mask_ratio, spark.len_keep) == (0.75, 3)
+
+
+def test_a_mask_for_every_image():
+    chosen = torch.eye(3, 4, dtype=torch.bool)
+    spark = sf.SparK(**SMALLEST, mask=chosen)
+    assert (spark.mask_ratio, spark.len_keep) == (0.75, 3)
+    assert torch.equal(spark.random_mask(2), chosen.expand(2, 3, 4))
+    assert not [name for name in spark.state_dict() if "mask." in name and "mask_token" not in name]
+    images = torch.randn(2, 3, 96, 128)
+    assert torch.equal(spark(images), spark(images, chosen.expand(2, 3, 4)))
+    visible = chosen.repeat_interleave(32, 0).repeat_interleave(32, 1).expand_as(images)
+    assert torch.equal(spark.reconstruct(images)[visible], images[visible])
+    assert spark.to("meta").random_mask(2).device.type == "meta"
+    with pytest.raises(ValueError, match=r"mask is a tensor \(3, 4\), but the grid of patches is \(3, 3\)"):
+        sf.SparK(**{**SMALLEST, "img_size": 96}, mask=chosen)
+    with pytest.raises(ValueError, match=r"mask_ratio=0\.5, but the mask is a tensor that hides 0\.75"):
+        spark.set_mask_ratio(0.5)
+
+
+def test_a_mask_function():
+    """Its counts are taken as they come, unless it promises them; what it returns is checked."""
+    seen = []
+
+    def left(batch, grid, mask_ratio, generator, device):
+        seen.append((batch, grid, mask_ratio, device))
+        active = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
+        active[:, :, : grid[1] // 2] = True
+        active[0, 0, 0] = False
+        return active
+
+    spark, images = sf.SparK(**SMALLEST, mask=left, mask_ratio=0.5), torch.randn(2, 3, 96, 128)
+    assert spark.len_keep is None
+    assert torch.equal(spark(images), spark(images, left(2, (3, 4), 0.5, None, None)))
+    assert seen[0] == (2, (3, 4), 0.5, images.device)
+    left.exact = True
+    broken = sf.SparK(**SMALLEST, mask=left, mask_ratio=0.5)
+    with pytest.raises(RuntimeError, match="per_image=6"):  # one image shows 5
+        broken(images)
+
+
+@pytest.mark.parametrize(
+    ("result", "word"),
+    [
+        (torch.ones(2, 3, 4), "mask must return a bool tensor .* torch.float32"),
+        ([[True]], "mask must return a bool tensor .* list"),
+        (torch.ones(2, 4, 3, dtype=torch.bool), r"mask must return .* \(2, 3, 4\); got \(2, 4, 3\)"),
+        (torch.ones(3, 4, dtype=torch.bool), r"mask must return .* got \(3, 4\)"),
+    ],
+    ids=["float", "list", "transposed", "one"],
+)
+def test_a_wrong_mask_function_is_named(result, word):
+    spark = sf.SparK(**SMALLEST, mask=lambda *arguments: result)
+    with pytest.raises((TypeError, ValueError), match=word):
+        spark(torch.randn(2, 3, 96, 128))

@@ -70,11 +70,12 @@ def build_model(config: PretrainConfig) -> SparK:
     return SparK(
         config.model,
         img_size=config.size,
-        mask_ratio=config.mask_ratio,
+        mask_ratio=config.last_mask_ratio,
         patch_size=config.patch_size,
         in_chans=config.in_chans,
         decoder_width=config.decoder_width,
         drop_path_rate=config.drop_path_rate,
+        mask=config.mask_kind,
     )
 
 

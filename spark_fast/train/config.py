@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spark_fast.mask import find_mask, is_exact
+
 BASE_LR = 2e-4  # per 256 images in a batch
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,8 +55,19 @@ class PretrainConfig:
     img_size: int | tuple[int, int] = 224
     """Image side in pixels, or height and width. Multiples of the patch side."""
 
-    mask_ratio: float = 0.6
-    """Share of the patches that is masked. 0.6 suits a 7x7 grid (224 px), 0.75 a 12x12 grid (384 px)."""
+    mask_ratio: float | tuple[float, float] = 0.6
+    """Share of the patches that is masked. 0.6 suits a 7x7 grid (224 px), 0.75 a 12x12 grid (384 px). Two numbers: each
+    image's share is drawn from between them; a GPU then waits in each step for the count of patches."""
+
+    mask_ratio_end: float | None = None
+    """Share in the last epoch, reached epoch by epoch from mask_ratio. None: mask_ratio throughout."""
+
+    mask_ratio_schedule: Literal["linear", "cosine"] = "linear"
+    """The way from mask_ratio to mask_ratio_end."""
+
+    mask_kind: str = "random"
+    """Kind of mask: random, block (rectangles are masked), grid (a regular lattice is visible), mesh (one colour of a
+    checkerboard is visible), or a name that your program gave a function of its own with register_mask."""
 
     patch_size: int | None = None
     """Side of a patch in pixels. None: the total stride of the network."""
@@ -151,7 +164,7 @@ class PretrainConfig:
         for name in ("data", "out", "initial_checkpoint"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("img_size", "betas", "mean", "std", "scale"):
+        for name in ("img_size", "mask_ratio", "betas", "mean", "std", "scale"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -189,6 +202,11 @@ class PretrainConfig:
         return (0.9, 0.999) if "convnext" in self.model else (0.9, 0.95)
 
     @property
+    def last_mask_ratio(self) -> float | tuple[float, float]:
+        """Masked share of the last epoch, which pictures of reconstructions have too."""
+        return self.mask_ratio if self.mask_ratio_end is None else self.mask_ratio_end
+
+    @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, one value per channel each."""
         return (
@@ -218,7 +236,26 @@ class PretrainConfig:
             wanted = "False with amp_dtype='float16', whose loss scale changes from step to step; bfloat16 needs none"
             raise _error(ValueError, "cuda_graph", self.cuda_graph, wanted)
         self._check_shapes()
+        self._check_masks()
         return self
+
+    def _check_masks(self) -> None:
+        is_range, end = isinstance(self.mask_ratio, tuple), self.mask_ratio_end
+        for ratio in self.mask_ratio if is_range else (self.mask_ratio,):
+            _check_ratio("mask_ratio", ratio)
+        if is_range:
+            ordered = len(self.mask_ratio) == 2 and self.mask_ratio[0] <= self.mask_ratio[1]
+            _require(ordered, ValueError, "mask_ratio", self.mask_ratio, "one number, or the lowest and the highest")
+        if end is not None:
+            _check_ratio("mask_ratio_end", end)
+            wanted = f"None with mask_ratio={self.mask_ratio}, from which each image draws its own"
+            _require(not is_range, ValueError, "mask_ratio_end", end, wanted)
+        _require(
+            isinstance(self.mask_kind, str), TypeError, "mask_kind", self.mask_kind, "a name; register_mask gives one"
+        )
+        equal = end is None and is_exact(find_mask(self.mask_kind, "mask_kind"), self.mask_ratio)
+        wanted = "False unless all masks of the run show equally many patches: one mask_ratio, no mask_ratio_end"
+        _require(equal or not self.cuda_graph, ValueError, "cuda_graph", self.cuda_graph, wanted)
 
     def _check_shapes(self) -> None:
         sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
@@ -236,7 +273,6 @@ class PretrainConfig:
         _require(max(self.betas or (0,)) < 1, ValueError, "betas", self.betas, "numbers below 1")
         _require(0 < self.scale[0] <= self.scale[1], ValueError, "scale", self.scale, "0 < smallest <= largest <= 1")
         _require(min(self.std or (1,)) > 0, ValueError, "std", self.std, "numbers above 0")
-        _require(0 < self.mask_ratio < 1, ValueError, "mask_ratio", self.mask_ratio, "a number between 0 and 1")
         if self.batch_size % self.grad_accum_steps:
             wanted = f"a divisor of batch_size={self.batch_size}, so that all micro-batches are equal"
             raise _error(ValueError, "grad_accum_steps", self.grad_accum_steps, wanted)
@@ -283,7 +319,6 @@ _LEAST_INTEGER = {
     "log_every": 1,
 }
 _RANGES = {
-    "mask_ratio": (0, 1),
     "drop_path": (0, 0.99),
     "lr": (0, math.inf),
     "warmup_epochs": (0, math.inf),
@@ -293,7 +328,11 @@ _RANGES = {
     "hflip": (0, 1),
     "checkpoint_minutes": (1e-3, math.inf),
 }
-_CHOICES = {"opt": ("lamb", "adamw"), "amp_dtype": ("none", "bfloat16", "float16")}
+_CHOICES = {
+    "opt": ("lamb", "adamw"),
+    "amp_dtype": ("none", "bfloat16", "float16"),
+    "mask_ratio_schedule": ("linear", "cosine"),
+}
 
 
 def _per_channel(rgb: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -315,6 +354,11 @@ def _check_integer(name: str, value: object, least: int) -> None:
     wanted = f"an integer >= {least}"
     _require(isinstance(value, int) and not isinstance(value, bool), TypeError, name, value, wanted)
     _require(value >= least, ValueError, name, value, wanted)
+
+
+def _check_ratio(name: str, value: object) -> None:
+    _check_number(name, value, 0, 1)
+    _require(0 < value < 1, ValueError, name, value, "a number between 0 and 1")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

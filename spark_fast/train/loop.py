@@ -32,7 +32,7 @@ from spark_fast.train.cuda_graph import RecordedGradients
 from spark_fast.train.data import Batch, list_images, load_pictures, make_loader, steps_per_epoch
 from spark_fast.train.progress import Progress
 from spark_fast.train.run_folder import RunFolder, check_new, check_same, stored_config
-from spark_fast.train.schedule import learning_rate, make_optimizer, set_schedule, weight_decay
+from spark_fast.train.schedule import learning_rate, make_optimizer, mask_ratio, set_schedule, weight_decay
 from spark_fast.train.seeds import INIT, PICTURE, STEP, derive_seed, generator
 
 PICTURES = 8  # images in a grid of reconstructions
@@ -154,6 +154,8 @@ def _open(config: PretrainConfig, folder: RunFolder) -> tuple[dict[str, Any] | N
 def _make_state(config: PretrainConfig, device: torch.device, fresh: bool) -> State:
     torch.manual_seed(derive_seed(config.seed, INIT))
     model = build_model(config)
+    if config.mask_ratio_end is not None:
+        model.set_mask_ratio(config.mask_ratio)  # fits the grid? The ratio at the end does, and those between then too
     if config.initial_checkpoint and fresh:
         load_backbone(model, config.initial_checkpoint)
     model.to(device).train()
@@ -198,6 +200,7 @@ def _train(
             rate = learning_rate(step, total, warmup, config.peak_lr)
             decay = weight_decay(step, total, config.weight_decay, config.weight_decay_end)
             set_schedule(state.optimizer, rate, decay)
+            masked = _set_mask_ratio(config, state.model, step // per_epoch)
             grad_norm = _step(config, state, batch.images.to(device, non_blocking=True), step)
             done = state.step = step + 1
             progress.advance()
@@ -208,7 +211,7 @@ def _train(
                 _check_finite(state, folder)
                 loss = (state.loss_sum / state.steps).item()
                 row = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss, "lr": rate}
-                row |= {"weight_decay": decay, "grad_norm": grad_norm.item()}
+                row |= {"weight_decay": decay, "mask_ratio": masked, "grad_norm": grad_norm.item()}
                 row["images_per_s"] = round(progress.show(loss, rate), 2)
                 folder.add_metrics(row)
                 state.loss_sum.zero_()
@@ -221,6 +224,16 @@ def _train(
                 raise RunInterrupted(text)
             if config.reconstruct_every and done < total and done % (config.reconstruct_every * per_epoch) == 0:
                 draw_reconstructions(config, folder, state.model, pictures, f"epoch_{done // per_epoch:04d}")
+
+
+def _set_mask_ratio(config: PretrainConfig, model: SparK, epoch: int) -> float | tuple[float, float]:
+    """Gives the model the mask ratio of an epoch; the ratio."""
+    if config.mask_ratio_end is None:
+        return config.mask_ratio
+    ends = config.mask_ratio, config.mask_ratio_end
+    ratio = mask_ratio(epoch, config.epochs, *ends, config.mask_ratio_schedule)
+    model.set_mask_ratio(ratio)
+    return ratio
 
 
 def _step(config: PretrainConfig, state: State, images: torch.Tensor, step: int) -> torch.Tensor:
@@ -301,10 +314,13 @@ def _report_unreadable(batch: Batch, folder: RunFolder, config: PretrainConfig, 
 def draw_reconstructions(
     config: PretrainConfig, folder: RunFolder, model: SparK, pictures: torch.Tensor, name: str
 ) -> Path:
-    """Draw the fixed pictures under their fixed mask, so that pictures of different epochs can be compared."""
+    """Draw the fixed pictures under their fixed mask, so that pictures of different epochs can be compared.
+
+    The masks have the last epoch's ratio."""
     folder.reconstructions.mkdir(exist_ok=True)
     path = folder.reconstructions / f"{name}.png"
-    active = model.random_mask(len(pictures), generator=generator(config.seed, PICTURE))
+    source = generator(config.seed, PICTURE)
+    active = model.random_mask(len(pictures), source, mask_ratio=config.last_mask_ratio)
     save_grid(path, model, pictures, active, *config.normalization)
     return path
 

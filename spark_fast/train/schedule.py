@@ -1,4 +1,5 @@
-"""Learning rate, weight decay and parameter groups of the published recipe (SparK, appendix on pre-training)."""
+"""Learning rate, weight decay and parameter groups of the published recipe (SparK, appendix on pre-training); and the
+schedule of the mask ratio, which the recipe leaves alone."""
 
 from __future__ import annotations
 
@@ -25,6 +26,13 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 def weight_decay(step: int, total_steps: int, start: float, end: float) -> float:
     """Decay at step 0..total_steps-1: a cosine from start to end over the whole run."""
     return end + (start - end) * _half_cosine(step / max(1, total_steps - 1))
+
+
+def mask_ratio(epoch: int, epochs: int, start: float, end: float, schedule: str) -> float:
+    """Masked share in epoch 0..epochs-1, from start to end along a line or ("cosine") half a cosine."""
+    progress = epoch / max(1, epochs - 1)
+    done = 1 - _half_cosine(progress) if schedule == "cosine" else progress
+    return (1 - done) * start + done * end
 
 
 def _half_cosine(progress: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spark_fast import mask
 from spark_fast.train.config import PretrainConfig
 
 
@@ -26,6 +27,22 @@ def make(**settings: object) -> PretrainConfig:
         ({"mask_ratio": 1.0}, ValueError, "mask_ratio is 1.0"),
         ({"mask_ratio": 0.0}, ValueError, "mask_ratio is 0.0"),
         ({"mask_ratio": float("nan")}, ValueError, "mask_ratio is nan"),
+        ({"mask_ratio": "0.6"}, TypeError, "mask_ratio is '0.6'"),
+        ({"mask_ratio": (0.5, 1.0)}, ValueError, r"mask_ratio is 1\.0"),
+        ({"mask_ratio": (0.5, 0.4)}, ValueError, r"mask_ratio is \(0\.5, 0\.4\), need one number, or the lowest"),
+        ({"mask_ratio": (0.5,)}, ValueError, "mask_ratio"),
+        ({"mask_ratio_end": 1.0}, ValueError, r"mask_ratio_end is 1\.0"),
+        ({"mask_ratio_end": "0.5"}, TypeError, "mask_ratio_end"),
+        (
+            {"mask_ratio_end": 0.7, "mask_ratio": (0.5, 0.6)},
+            ValueError,
+            "mask_ratio_end is .* need None with mask_ratio",
+        ),
+        ({"mask_ratio_schedule": "step"}, ValueError, "mask_ratio_schedule is 'step', need one of linear, cosine"),
+        ({"mask_kind": "blocks"}, ValueError, "mask_kind='blocks' is no kind of mask, need one of random, block"),
+        ({"mask_kind": len}, TypeError, "mask_kind .* need a name; register_mask gives one"),
+        ({"cuda_graph": True, "mask_ratio": (0.5, 0.6)}, ValueError, "cuda_graph is True, need False unless all masks"),
+        ({"cuda_graph": True, "mask_ratio_end": 0.7}, ValueError, "cuda_graph is True, need False unless all masks"),
         ({"lr": -1e-3}, ValueError, "lr is -0.001"),
         ({"lr": float("inf")}, ValueError, "lr is inf"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas"),
@@ -79,7 +96,7 @@ def test_normalization_by_channels() -> None:
 
 
 def test_json_round_trip() -> None:
-    config = make(img_size=(64, 96), betas=(0.8, 0.9), mean=[0.1, 0.2, 0.3], lr=1e-3)
+    config = make(img_size=(64, 96), mask_ratio=(0.4, 0.8), betas=(0.8, 0.9), mean=[0.1, 0.2, 0.3], lr=1e-3)
     again = PretrainConfig.from_dict(json.loads(config.save_text()))
     assert again.changed_since(config) == []
     assert again.check().size == (64, 96)
@@ -89,6 +106,21 @@ def test_json_round_trip() -> None:
 def test_changed_settings_are_listed_and_free_ones_are_not() -> None:
     changed = make(epochs=5, workers=7, log_every=1, device="cpu").changed_since(make(epochs=6))
     assert changed == ["epochs: 6 -> 5"]
+
+
+def test_masks_of_varying_counts_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mask._KINDS, "mine", lambda *arguments: None)
+    make(mask_kind="mine").check()
+    make(mask_kind="block", cuda_graph=True).check()
+    with pytest.raises(ValueError, match="cuda_graph is True, need False unless all masks"):
+        make(mask_kind="mine", cuda_graph=True).check()
+
+
+def test_settings_stored_before_there_were_mask_kinds() -> None:
+    stored = make().to_dict()
+    for name in ("mask_kind", "mask_ratio_end", "mask_ratio_schedule"):
+        del stored[name]
+    assert make().changed_since(PretrainConfig.from_dict(stored)) == []
 
 
 def test_unknown_stored_setting() -> None:

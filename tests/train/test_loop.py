@@ -20,7 +20,7 @@ from torch import nn
 
 import spark_fast
 from spark_fast.train import PretrainConfig, RunInterrupted, loop, pretrain
-from spark_fast.train.checkpoint import load_checkpoint
+from spark_fast.train.checkpoint import load_checkpoint, model_from_checkpoint
 from spark_fast.train.run_folder import RunFolder
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(spark_fast.__file__).parents[1])}
@@ -77,7 +77,8 @@ def test_a_run_leaves_all_its_results(settings: dict) -> None:
     ]
     rows = metrics(out)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
-    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "images_per_s"}
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "weight_decay", "mask_ratio", "grad_norm", "images_per_s"}
+    assert {row["mask_ratio"] for row in rows} == {0.6}
     assert rows[-1]["epoch"] == 4.0
     assert rows[-1]["loss"] == result.final_loss
     assert 0.5 < result.final_loss < 1.5
@@ -113,6 +114,60 @@ def test_drop_path_and_accumulation_resume_exactly(settings: dict, monkeypatch: 
             pretrain(**settings)
     pretrain(out=settings["out"], resume=True)
     assert_same_run(whole, settings["out"])
+
+
+def test_the_mask_ratio_of_each_epoch_and_exact_resumption(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"mask_kind": "block", "mask_ratio": 0.3, "mask_ratio_end": 0.6, "log_every": 1, "img_size": (96, 128)}
+    settings, shown, real = {**settings, **changes}, [], loop._step
+
+    def step(config, state, images, number):
+        shown.append(state.model.len_keep)
+        return real(config, state, images, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", step)
+        whole = pretrain(**{**settings, "out": settings["out"].with_name("whole"), "reconstruct_every": 2})
+    assert shown == [8] * 3 + [7] * 3 + [6] * 3 + [5] * 3  # of 12 patches
+    assert [row["mask_ratio"] for row in metrics(whole.out)][::3] == pytest.approx([0.3, 0.4, 0.5, 0.6])
+    with monkeypatch.context() as patch:
+        call_at_step(patch, 4, interrupt)
+        with pytest.raises(RunInterrupted):
+            pretrain(**settings)
+    pretrain(out=settings["out"], resume=True)
+    assert without_speed(whole.out) == without_speed(settings["out"])
+    first, second = (load_checkpoint(out / "last.pt")["model"] for out in (whole.out, settings["out"]))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_ratio_per_image_resumes_exactly(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**settings, "mask_ratio": (0.2, 0.6), "mask_kind": "mesh", "reconstruct_every": 4}
+    whole = pretrain(**{**settings, "out": settings["out"].with_name("whole")})
+    assert metrics(whole.out)[0]["mask_ratio"] == [0.2, 0.6] and whole.reconstructions.exists()
+    with monkeypatch.context() as patch:
+        call_at_step(patch, 6, interrupt)
+        with pytest.raises(RunInterrupted):
+            pretrain(**settings)
+    pretrain(out=settings["out"], resume=True)
+    assert_same_run(whole.out, settings["out"])
+
+
+def test_pictures_have_the_last_ratio_in_every_epoch(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    monkeypatch.setattr(loop, "save_grid", lambda path, model, images, active, mean, std: masks.append(active))
+    pretrain(**{**settings, "mask_ratio": 0.25, "mask_ratio_end": 0.5, "reconstruct_every": 1})
+    assert len(masks) == 4 and all(torch.equal(mask, masks[0]) for mask in masks)
+    assert masks[0].sum((1, 2)).tolist() == [2] * len(masks[0])
+
+
+def test_kinds_of_ones_own(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(spark_fast.mask._KINDS, "mine", spark_fast.mask.FixedMask(torch.eye(2) > 0))
+    result = pretrain(**{**settings, "mask_kind": "mine", "mask_ratio": 0.5, "epochs": 1})
+    model, config = model_from_checkpoint(result.checkpoint)
+    assert config.mask_kind == "mine"
+    assert torch.equal(model.random_mask(1)[0], torch.eye(2) > 0)
+    monkeypatch.delitem(spark_fast.mask._KINDS, "mine")
+    with pytest.raises(ValueError, match=r"mask='mine' is no kind of mask.*register_mask"):
+        model_from_checkpoint(result.checkpoint)
 
 
 def test_seed_changes_the_run_and_nothing_else_does(settings: dict, reference_run: Path) -> None:
@@ -232,6 +287,9 @@ def test_folders_that_cannot_be_used(settings: dict, tmp_path: Path) -> None:
     ("changes", "kind", "message"),
     [
         ({"epochs": 0}, ValueError, "epochs is 0"),
+        ({"mask_ratio": 0.1, "mask_ratio_end": 0.5}, ValueError, "mask_ratio=0.1 hides no patch of a grid of 2x2"),
+        ({"mask_ratio": 0.5, "mask_ratio_end": 0.9}, ValueError, "mask_ratio=0.9 leaves no visible patch"),
+        ({"mask_kind": "blok"}, ValueError, "mask_kind='blok' is no kind of mask"),
         ({"batch_size": 64}, ValueError, "fewer than batch_size=64"),
         ({"model": "resnet51"}, ValueError, "resnet51"),
         ({"patch_size": 33}, ValueError, "patch_size .* got 33"),

@@ -10,7 +10,14 @@ from torch import nn
 
 from spark_fast.train.checkpoint import build_model
 from spark_fast.train.config import PretrainConfig
-from spark_fast.train.schedule import learning_rate, make_optimizer, parameter_groups, set_schedule, weight_decay
+from spark_fast.train.schedule import (
+    learning_rate,
+    make_optimizer,
+    mask_ratio,
+    parameter_groups,
+    set_schedule,
+    weight_decay,
+)
 
 
 def test_learning_rate_follows_the_formula() -> None:
@@ -33,6 +40,15 @@ def test_weight_decay_follows_the_formula() -> None:
     assert weight_decay(5, 11, 0.04, 0.2) == pytest.approx(0.12)
     assert weight_decay(10, 11, 0.04, 0.2) == pytest.approx(0.2)
     assert weight_decay(0, 1, 0.04, 0.2) == pytest.approx(0.04)
+
+
+def test_mask_ratio_follows_the_formula() -> None:
+    assert [mask_ratio(e, 5, 0.3, 0.7, "linear") for e in (0, 4)] == [0.3, 0.7]  # the ends exactly
+    assert [mask_ratio(e, 5, 0.3, 0.7, "cosine") for e in (0, 4)] == [0.3, 0.7]
+    assert mask_ratio(1, 5, 0.3, 0.7, "linear") == pytest.approx(0.4)
+    assert mask_ratio(1, 5, 0.3, 0.7, "cosine") == pytest.approx(0.5 - 0.2 * math.cos(math.pi / 4))
+    assert mask_ratio(3, 5, 0.7, 0.3, "cosine") == pytest.approx(0.5 - 0.2 * math.cos(math.pi / 4))
+    assert mask_ratio(0, 1, 0.3, 0.7, "linear") == 0.3
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_convnext"])
