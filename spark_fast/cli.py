@@ -1,4 +1,4 @@
-"""Command line: spark-fast pretrain | reconstruct | export | info."""
+"""Command line: spark-fast pretrain | reconstruct | export | coverage | info."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import tyro
 
 import spark_fast
 from spark_fast.evaluate.grid import save_grid
+from spark_fast.files import write_text
 from spark_fast.ops import backend
 from spark_fast.spark import SparK
 from spark_fast.train.checkpoint import export_backbone, model_from_checkpoint
@@ -27,7 +28,7 @@ from spark_fast.train.loop import choose_device, pretrain
 from spark_fast.train.run_folder import stored_config
 from spark_fast.train.seeds import PICTURE, generator
 
-INTERRUPTED, USER_ERROR = 130, 2  # exit codes
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
 USER_ERRORS = (
     ValueError,
     TypeError,
@@ -82,13 +83,33 @@ class Export:
     """Kind of file. None: by the ending of out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CoverageCommand:
+    """Check that timm's convolutional networks run sparsely and right: the smallest of each family, or those named."""
+
+    filter: str | None = None
+    """Shell pattern of names, for instance 'resnet*'."""
+
+    all: bool = False
+    """Every convolutional architecture: for hours."""
+
+    max_parameters: float = 150
+    """Leave out networks with more millions of parameters."""
+
+    out: Path | None = None
+    """JSON file, written after each network; a later call goes on where it ends."""
+
+    table: Path | None = None
+    """Markdown file for the table."""
+
+
 @dataclass(frozen=True)
 class Info:
     """Show versions, and which backend runs each operation and why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for an error the user can mend, 130 after Ctrl-C.
+    """Run one command; the exit code is 0, 1 if a check failed, 2 for an error the user can mend, 130 after Ctrl-C.
 
     Such errors are one line. --debug anywhere, or SPARK_FAST_DEBUG=1 in the environment, shows the traceback.
     """
@@ -96,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("SPARK_FAST_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _run(_parse(arguments))
+        return _run(_parse(arguments))
     except KeyboardInterrupt as error:
         print(f"spark-fast: {error or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
@@ -105,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"spark-fast: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
-    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -115,12 +135,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _parse(arguments: list[str]) -> PretrainConfig | Reconstruct | Export | Info:
+def _parse(arguments: list[str]) -> PretrainConfig | Reconstruct | Export | CoverageCommand | Info:
     with_defaults = tyro.conf.subcommand("pretrain", prefix_name=False, **_stored_defaults(arguments))
     commands = (
         Annotated[PretrainConfig, with_defaults]
         | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct", prefix_name=False)]
         | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
+        | Annotated[CoverageCommand, tyro.conf.subcommand("coverage", prefix_name=False)]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(commands, prog="spark-fast", description=_DESCRIPTION, args=arguments)
@@ -141,15 +162,18 @@ def _stored_defaults(arguments: list[str]) -> dict[str, PretrainConfig]:
     return {"default": stored_config(out)}
 
 
-def _run(command: PretrainConfig | Reconstruct | Export | Info) -> None:
+def _run(command: PretrainConfig | Reconstruct | Export | CoverageCommand | Info) -> int:
     if isinstance(command, PretrainConfig):
         _pretrain(command)
     elif isinstance(command, Reconstruct):
         _reconstruct(command)
     elif isinstance(command, Export):
         _export(command)
+    elif isinstance(command, CoverageCommand):
+        return _coverage(command)
     else:
         _info()
+    return 0
 
 
 def _pretrain(config: PretrainConfig) -> None:
@@ -202,6 +226,20 @@ def _export(command: Export) -> None:
     size = f", in_chans={config.in_chans}" if config.in_chans != 3 else ""
     name = f"{config.model!r}" if command.run else "the network's name"
     print(f"timm.create_model({name}, num_classes=0{size}, checkpoint_path={str(command.out)!r})")
+
+
+def _coverage(command: CoverageCommand) -> int:
+    from spark_fast.evaluate import coverage
+
+    if command.filter is not None and command.all:
+        raise ValueError("give --filter or --all, not both")
+    rows, left_out = coverage.run(command.filter, command.all, int(command.max_parameters * 1e6), command.out)
+    text = coverage.table(rows, left_out)
+    if command.table is not None:
+        write_text(command.table, text)
+    failed = [row.name for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} of {len(rows)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return FAILED if failed else 0
 
 
 def _info() -> None:

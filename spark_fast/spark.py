@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spark_fast.decoder import Decoder
@@ -69,7 +72,8 @@ class SparK(nn.Module):
             self.mask.check(self.grid)
             mask_ratio = self.mask.mask_ratio
         self.set_mask_ratio(mask_ratio)
-        self.decoder = Decoder(stride, decoder_width, in_chans)
+        # It doubles the size at each scale: for a stride that is no power of two to the nearest, then it is resized.
+        self.decoder = Decoder(1 << round(math.log2(stride)), decoder_width, in_chans)
         # Scale k of the decoder has 1 / 2**k of the total stride; stages are listed from the coarsest.
         self.scales = [(stride // s).bit_length() - 1 for s in reversed(self.encoder.strides)]
         self.densify_norm = _own_norm(self.encoder) if densify_norm == "auto" else densify_norm
@@ -139,7 +143,10 @@ class SparK(nn.Module):
         maps = self.encoder(SparseTensor.from_dense(images, patches))
         dense = self.densify(maps[::-1])
         by_scale = dict(zip(self.scales, dense, strict=True))
-        return self.decoder([by_scale.get(k) for k in range(max(by_scale) + 1)])
+        out = self.decoder([by_scale.get(k) for k in range(max(by_scale) + 1)])
+        if out.shape[2:] == images.shape[2:]:
+            return out
+        return F.interpolate(out, images.shape[2:], mode="bilinear")  # of a stride that is no power of two
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
