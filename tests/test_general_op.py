@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +358,20 @@ def test_large_numbers_of_cells_need_no_dense_map():
     x = sf.SparseTensor.from_coords(torch.eye(4, 64), coords, (1, 2048, 2048))
     y = SF.conv2d(x, torch.randn(8, 64, 3, 3), None, 2, 1)
     assert y.coords.tolist() == [[0, 0, 0], [0, 500, 500], [0, 1023, 1023]]
+
+
+def test_the_guide_runs_and_says_the_truth():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "general_op.md").read_text()
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "general_op.md", "exec"), names)
+        for name, channels, size, count in re.findall(
+            r"^(\w+) = .*# \(2, (\d+), (\d+), \d+\), (\d+) pixels", code, re.M
+        ):
+            assert names[name].shape == (2, int(channels), int(size), int(size)), name
+            assert len(names[name].coords) == int(count), name
+    x, same, back = (names[name] for name in ("x", "same", "back"))
+    assert same.patches is x.patches is back.patches and x.shape == (2, 16, 8, 8) and len(x.coords) == 4
+    assert torch.equal(x.features_at(names["coords"]), names["features"])
+    tables = (x.patches.active, x.patches.grid_to_patch)
+    assert sum(t.numel() * t.element_size() for t in tables) == 5 * 2 * 8 * 8
