@@ -20,8 +20,9 @@ test: $(VENV)/.installed-test
 BENCH := $(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds --benchmark-json
 
 bench: $(VENV)/.installed-bench
-	$(BENCH)=bench/results/cpu.json
+	$(BENCH)=bench/results/cpu.json -k "not pixel_masks"
 	SPARK_FAST_BENCH_ALLOCATOR=default $(BENCH)=bench/results/cpu-default-allocator.json -k headline
+	$(BENCH)=bench/results/cpu-pixels.json -k pixel_masks
 	$(BIN)/python -m bench.report
 
 # On a machine with a GPU, with whatever Python has torch and triton there: nothing is installed but this package.

@@ -46,11 +46,12 @@ class Layer:
 
 
 class Problem:
-    """Tensors of a layer on random active patches: packed rows, and the zero-filled map in channels-last."""
+    """Tensors of a layer on random active patches, or on those given: packed rows, and the zero-filled map in
+    channels-last."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, patches: sf.ActivePatches | None = None):
         self.layer = layer = layer.shrunk() if TINY else layer
-        self.patches = sf.ActivePatches(sf.random_patch_mask(BATCH, GRID, layer.mask_ratio))
+        self.patches = patches or sf.ActivePatches(sf.random_patch_mask(BATCH, GRID, layer.mask_ratio))
         self.side_out = layer.side // layer.stride
         self.x = torch.randn(self.patches.rows(layer.side), layer.channels)
         self.grad = torch.randn(self.patches.rows(self.side_out), layer.out)

@@ -17,7 +17,7 @@ from bench import gpu_tables, plot, sweeps, tables
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- table: ([a-z -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 README_BEGIN, README_END = "<!-- benchmark table: made by bench/report.py -->", "<!-- end of benchmark table -->"
-RESULTS = ("cpu.json", "cpu-default-allocator.json")
+RESULTS = ("cpu.json", "cpu-default-allocator.json", "cpu-pixels.json")
 PLOT = "docs/mask_ratio.svg"
 
 
@@ -41,9 +41,11 @@ def load_gpus(root: Path) -> list[dict]:
     return [result for result in found if isinstance(result, dict) and result.get("sections") and not result["tiny"]]
 
 
-def sections(result: dict | None, default: dict | None, gpus: Sequence[dict] = ()) -> dict[str, str]:
-    """The generated parts of docs/performance.md by name; `default`: the results with the default allocator; `gpus`:
-    those of `bench.gpu_check`."""
+def sections(
+    result: dict | None, default: dict | None, pixels: dict | None, gpus: Sequence[dict] = ()
+) -> dict[str, str]:
+    """The generated parts of docs/performance.md by name; `default`: the results with the default allocator; `pixels`:
+    those of random pixel masks; `gpus`: those of `bench.gpu_check`."""
     mask_ratio = sweeps.mask_ratio(result)
     if sweeps.series(result):
         mask_ratio += f"\n\n![time against mask ratio]({Path(PLOT).name})\n\n" + sweeps.times(result)
@@ -63,6 +65,7 @@ def sections(result: dict | None, default: dict | None, gpus: Sequence[dict] = (
         "depthwise": tables.layers(result, "depthwise"),
         "other ops": tables.figures(result, "batch", "layer", "pool", "densify", "patch_loss"),
         "spconv": tables.spconv(result),
+        "random pixel masks": sweeps.pixels(pixels),
         "losses": tables.losses(result),
         "gpu": gpu_tables.page(gpus),
         "figures": tables.figures(result, "conv", "depthwise"),
@@ -93,12 +96,12 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def outputs(root: Path) -> dict[Path, str]:
     """What each generated text file must hold."""
-    result, default = (load(root, name) for name in RESULTS)
+    result, default, pixels = (load(root, name) for name in RESULTS)
     performance, readme = root / "docs" / "performance.md", root / "README.md"
     head, rest = readme.read_text().split(README_BEGIN)
     _, tail = rest.split(README_END)
     return {
-        performance: filled(performance.read_text(), sections(result, default, load_gpus(root))),
+        performance: filled(performance.read_text(), sections(result, default, pixels, load_gpus(root))),
         readme: f"{head}{README_BEGIN}\n{readme_table(result)}\n{README_END}{tail}",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from bench import aims
-from bench.tables import NOT_MEASURED, cases, gain, ms, name_of, table, verdict
+from bench.tables import NOT_MEASURED, cases, gain, ms, name_of, provenance, table, verdict
 
 
 def series(result: dict | None) -> dict[str, list[dict]]:
@@ -56,6 +56,40 @@ def times(result: dict | None) -> str:
             cells = [net, str(info["batch"]), f"{info['mask_ratio']:g}", ms(info["ms"]["dense"])]
             rows.append([*cells, ms(info["ms"]["dense"] * (1 - info["mask_ratio"])), ms(info["ms"]["sparse"])])
     return table(["encoder", "batch", "mask ratio", "dense (ms)", "dense x (1 - mask ratio)", "sparse (ms)"], rows)
+
+
+def pixels(result: dict | None) -> str:
+    """Random pixel masks: from which density downwards sparse is faster, then every case."""
+    rows, sums = [], []
+    found = cases(result, "pixels")
+    for key in sorted({(i["channels"], i["threads"]) for i in found}):
+        infos = sorted((i for i in found if (i["channels"], i["threads"]) == key), key=lambda i: i["density"])
+        name = f"{key[0]} channels, {key[1]} thread{'s' if key[1] > 1 else ''}"
+        sums.append(f"- {name}: {faster_below([(i['density'], i['ratio']['dense']) for i in infos])}.")
+        for info in infos:
+            times, sparse = info["ms"], info["ms"]["sparse"]
+            rulebook = times.get("spconv with rulebook")
+            cells = [name, f"{100 * info['density']:g} %", str(info["rows_in"]), ms(times["dense"]), ms(sparse)]
+            cells += [gain(times["dense"] / sparse), ms(times["sparse with tables"])]
+            cells += [gain(times["dense"] / times["sparse with tables"]), ms(times.get("spconv")), ms(rulebook)]
+            best = min((t for t in (times.get("spconv"), rulebook) if t is not None), default=None)
+            rows.append([*cells, gain(best / sparse if best else None)])
+    if not rows:
+        return NOT_MEASURED
+    heads = ["3x3", "density", "pixels", "dense (ms)", "sparse (ms)", "gain", "sparse with tables (ms)", "gain"]
+    heads += ["spconv (ms)", "spconv with rulebook (ms)", "gain over spconv"]
+    return "\n".join(sums) + f"\n\n{table(heads, rows)}\n\n{provenance(result)}"
+
+
+def faster_below(points: list[tuple[float, float]]) -> str:
+    """From which density downwards sparse is faster: points are (density, gain), densities ascending."""
+    slower = [i for i, (_, ratio) in enumerate(points) if ratio < 1]
+    if not slower:
+        return f"faster at every density measured, up to {points[-1][0]:.0%}"
+    if slower[0] == 0:
+        return f"slower at {points[0][0]:.0%} already"
+    (below, ratio), (above, _) = points[slower[0] - 1 : slower[0] + 1]
+    return f"faster from {below:.0%} downwards ({ratio:.2f}x there), slower at {above:.0%}"
 
 
 def linear(result: dict | None) -> str:

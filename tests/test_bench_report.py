@@ -149,3 +149,20 @@ def test_plot_is_the_same_for_the_same_results(report, root):
     saved["benchmarks"][-1]["extra_info"]["ms"]["sparse"] = 7
     path.write_text(json.dumps(saved))
     assert report.main(check=True, root=root) == 1
+
+
+def test_random_pixel_masks_say_from_which_density_sparse_is_faster(report, root):
+    def pixels(density: float, dense: float, sparse: float, **more) -> dict:
+        made = case("pixels", dense, sparse, channels=64, threads=1, density=density, rows_in=100)
+        made["extra_info"]["ms"] |= {"sparse with tables": sparse + 1} | more
+        return made
+
+    cases = [pixels(0.9, 10, 12), pixels(0.1, 10, 1, **{"spconv": 4, "spconv with rulebook": 5}), pixels(0.5, 10, 5)]
+    (root / "bench" / "results" / "cpu-pixels.json").write_text(json.dumps(result(*cases)))
+    report.main(check=False, root=root)
+    text = (root / "docs" / "performance.md").read_text()
+    assert "- 64 channels, 1 thread: faster from 50% downwards (2.00x there), slower at 90%." in text
+    assert "| 10 % | 100 | 10 | 1 | 10x | 2 | 5.00x | 4 | 5 | 4.00x |" in text
+    assert "| 90 % | 100 | 10 | 12 | **0.83x** | 13 | **0.77x** |  |  |  |" in text
+    assert report.sweeps.faster_below([(0.1, 2.0), (0.5, 1.5)]) == "faster at every density measured, up to 50%"
+    assert report.sweeps.faster_below([(0.1, 0.9), (0.5, 0.5)]) == "slower at 10% already"

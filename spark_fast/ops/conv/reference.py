@@ -7,37 +7,42 @@ import torch.nn.functional as F
 from torch.nn import grad as formula
 
 from spark_fast.ops.densify.reference import gather, scatter
-from spark_fast.ops.window import Geometry, Window
+from spark_fast.ops.window import Geometry
 
 
 def forward(features, weight, bias, geometry: Geometry, groups: int) -> torch.Tensor:
-    dense = _padded(scatter(features, geometry.source, geometry.patch_in, None), geometry.window)
-    out = F.conv2d(dense, weight, bias, geometry.window.stride, 0, geometry.window.dilation, groups)
-    return gather(out, geometry.query)
+    window = geometry.window
+    return gather(F.conv2d(_source(features, geometry), weight, bias, *_settings(window), groups), geometry.query)
 
 
 def grad_input(grad, weight, geometry: Geometry, groups: int) -> torch.Tensor:
-    window, (height, width) = geometry.window, geometry.size_in
-    dense = scatter(grad, geometry.query, geometry.patch_out, None)
-    top, bottom, left, right = _ends(window)
+    (left, right, top, bottom), (height, width) = _pads(geometry), geometry.size_in
     size = (geometry.source.batch, weight.shape[1] * groups, height + top + bottom, width + left + right)
-    found = formula.conv2d_input(size, weight, dense, window.stride, 0, window.dilation, groups)
+    dense = scatter(grad, geometry.query, geometry.patch_out, None)
+    found = formula.conv2d_input(size, weight, dense, *_settings(geometry.window), groups)
     return gather(F.pad(found, (-left, -right, -top, -bottom)), geometry.source)
 
 
 def grad_weight(grad, features, geometry: Geometry, groups: int, weight) -> torch.Tensor:
-    window = geometry.window
-    source = _padded(scatter(features, geometry.source, geometry.patch_in, None), window)
     dense = scatter(grad, geometry.query, geometry.patch_out, None)
-    return formula.conv2d_weight(source, weight.shape, dense, window.stride, 0, window.dilation, groups)
+    source = _source(features, geometry)
+    return formula.conv2d_weight(source, weight.shape, dense, *_settings(geometry.window), groups)
 
 
-def _ends(window: Window) -> tuple[int, int, int, int]:
-    """Padding at the top, bottom, left and right."""
-    (top, left), extra = window.padding, window.extra
-    return top, top + extra[0], left, left + extra[1]
+def _settings(window) -> tuple:
+    return window.stride, 0, window.dilation
 
 
-def _padded(dense: torch.Tensor, window: Window) -> torch.Tensor:
-    top, bottom, left, right = _ends(window)
-    return F.pad(dense, (left, right, top, bottom))
+def _source(features, geometry: Geometry) -> torch.Tensor:
+    return F.pad(scatter(features, geometry.source, geometry.patch_in, None), _pads(geometry))
+
+
+def _pads(geometry: Geometry) -> tuple[int, ...]:
+    """Left, right, top and bottom, as F.pad has them: as far as the windows reach, which may be short of the map's end,
+    or beyond its padding (a pooling with ceil_mode)."""
+    window, pads = geometry.window, []
+    for axis in (1, 0):
+        reach = (geometry.size_out[axis] - 1) * window.stride[axis]
+        reach += window.dilation[axis] * (window.kernel[axis] - 1) + 1
+        pads += [window.padding[axis], reach - window.padding[axis] - geometry.size_in[axis]]
+    return tuple(pads)

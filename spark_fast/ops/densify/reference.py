@@ -13,7 +13,7 @@ def gather(images, patches: ActivePatches) -> torch.Tensor:
         images[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width].flatten(1).t()
         for image, row, col in patches.coords.tolist()
     ]
-    nothing = images.flatten(2)[0, :, :0].t()  # (0, C), so that an empty result still has a gradient
+    nothing = images.permute(0, 2, 3, 1).flatten(0, 2)[:0]  # (0, C), so that an empty result still has a gradient
     return torch.cat((nothing, *rows))
 
 
