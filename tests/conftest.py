@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
