@@ -66,6 +66,12 @@ class PaddedMap:
             )
         return handler(*args, **(kwargs or {}))
 
+    def __getattr__(self, name: str):
+        method = None if name.startswith("__") else getattr(torch.Tensor, name, None)
+        if not callable(method):
+            raise AttributeError(f"PaddedMap has no attribute {name!r}")
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
     def __repr__(self) -> str:
         return f"PaddedMap({self.map}, pad={self.pad}, mode={self.mode!r}, value={self.value})"
 
