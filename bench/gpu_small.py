@@ -16,7 +16,8 @@ import torch
 import spark_fast as sf
 from bench.gpu.measure import candidates, exact_float32, prove
 from bench.gpu.section import LOST
-from spark_fast.ops.conv import conv2d, project
+from spark_fast.nn import functional
+from spark_fast.ops.conv import conv2d, conv_transpose2d, project
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, layer_norm
@@ -69,8 +70,30 @@ def convolutions(patches: sf.ActivePatches) -> Iterator[Case]:
     yield conv("depthwise", 1, 7, 7, 7, padding=3, groups=7)
     yield conv("depthwise", 4, 3, 3, 3, 2, 1, groups=3)
     yield conv("linear", 3, 5, 7, 1)
+    yield from pixels(patches)
     x, token, weight = rows(patches, 3, 5), torch.randn(5).double(), torch.randn(3, 5, 3, 3).double()
     yield Case("conv", "projection of a filled map", lambda p, x, t, w: project(x, t, p, 3, w), (x, token, weight), 3)
+
+
+def pixels(patches: sf.ActivePatches) -> Iterator[Case]:
+    """To other sets of pixels and back."""
+
+    def grown(patches, x, w):
+        x = sf.SparseTensor(x, patches, 3)
+        return functional.conv2d(x, w, None, 2, 1, groups=x.shape[1] // w.shape[1], output="dilated").features
+
+    def there_and_back(patches, x, w, up):
+        x = sf.SparseTensor(x, patches, 3)
+        y = functional.conv2d(x, w, None, 2, 1, output="dilated")
+        return functional.conv_transpose2d(y, up, None, 2, 1, output=x).features
+
+    x, w, up = rows(patches, 3, 5), torch.randn(7, 5, 3, 3).double() / 3, torch.randn(7, 3, 3, 3).double() / 3
+    depth = torch.randn(5, 1, 3, 3).double()
+    yield Case("conv", "3x3/2, to a grown set of pixels", grown, (x, w), 2)
+    yield Case("conv", "3x3/2, to a grown set of pixels and back", there_and_back, (x, w, up), 3)
+    yield Case("conv", "3x3/2, transposed", lambda p, x, w: conv_transpose2d(x, w, None, p, 2, 2, 1, 1)[0],
+               (rows(patches, 2, 7), up), 2)  # fmt: skip
+    yield Case("depthwise", "3x3/2, to a grown set of pixels", grown, (x, depth), 2)
 
 
 def others(patches: sf.ActivePatches) -> Iterator[Case]:

@@ -223,10 +223,18 @@ def test_wrong_settings_are_named():
         SF.conv_transpose2d(y, w, None, 2, 1, output=sf.ActivePatches(torch.ones(1, 11, 13) > 0))
     with pytest.raises(TypeError, match="output must be a SparseTensor"):
         SF.conv_transpose2d(y, w, None, 2, 1, output=torch.zeros(1))
-    coarse = sf.SparseTensor(torch.zeros(4, 3), sf.ActivePatches(torch.ones(1, 1, 1) > 0), 2)
-    with pytest.raises(ValueError, match="whole number of pixels for each of the 1x2 patches"):
-        SF.conv2d(sf.SparseTensor(torch.zeros(8, 3), sf.ActivePatches(torch.ones(1, 1, 2) > 0), 2), w, None, 4, 1)
-    assert SF.conv2d(coarse, w, None, 4, 1).shape == (1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("output", ["mask", "dilated"])
+@pytest.mark.parametrize("kernel", [3, 4, (2, 5)])
+def test_padding_by_name(kernel, output):
+    """Of an even kernel it is larger at one end."""
+    coords = points(0.2)
+    x = sf.SparseTensor.from_coords(torch.randn(len(coords), 3).double(), coords, SHAPE)
+    w = torch.randn(4, 3, *((kernel, kernel) if isinstance(kernel, int) else kernel)).double()
+    y = SF.conv2d(x, w, None, padding="same", output=output)
+    dense = F.conv2d(x.to_dense(), w, padding="same")
+    torch.testing.assert_close(y.to_dense(), dense if output == "dilated" else dense * x.patches.active[:, None])
 
 
 def test_layers_share_output_sets():

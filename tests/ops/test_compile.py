@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import spark_fast as sf
 from spark_fast.ops import graph
-from spark_fast.ops.conv import conv2d, dense_conv2d, project, up_conv2d
+from spark_fast.ops.conv import conv2d, conv_transpose2d, dense_conv2d, project, up_conv2d
 from spark_fast.ops.conv import graph as conv
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.densify import graph as densify
@@ -68,6 +68,8 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
         "conv, grouped": (conv.forward, (t(rows, 6), t(4, 3, 3, 3), None, 2, "", *where)),
         "conv grad input": (conv.grad_input, (y, t(4, c, 3, 3, grad=False), 1, "", *where)),
         "conv grad weight": (conv.grad_weight, (y, x.detach(), t(4, c, 3, 3, grad=False), 1, "", *where)),
+        "conv transposed": (conv.transposed, (t(out, 4), t(4, c, 3, 3), t(c), 1, "", *where)),
+        "conv transposed, grouped": (conv.transposed, (t(out, 4), t(4, 3, 3, 3), None, 2, "", *where)),
         "depthwise": (depthwise.forward, (x, t(c, 1, 3, 3), t(c), "", *where)),
         "depthwise, forced": (depthwise.forward, (x, t(c, 1, 3, 3), None, "reference", *where)),
         "max pool": (pool.forward, (x, "", *where)),
@@ -163,6 +165,7 @@ def functions(patches: sf.ActivePatches) -> dict:
             lambda *t: conv2d(*t, patches, side, 1, 1, 1, c)[0],
             (x, tensor(c, 1, 3, 3), tensor(c)),
         ),
+        "conv_transpose2d": (lambda *t: conv_transpose2d(*t, patches, side, 2, 1, 1)[0], (x, tensor(c, 8, 3, 3), b)),
         "conv2d pointwise": (lambda *t: conv2d(*t, patches, side)[0], (x, w1, b)),
         "linear": (linear, (x, tensor(8, c), b)),
         "layer_norm": (layer_norm, (x, tensor(c), tensor(c))),

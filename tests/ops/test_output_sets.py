@@ -61,6 +61,8 @@ LAYERS = {
     "3x3 depthwise": (layer(out=6, groups=6), "mask"),
     "5x5 dilated taps": (layer(kernel=5, padding=4, dilation=2, out=3), "mask"),
     "stride 2": (layer(stride=2), "mask"),
+    "stride 2, more channels": (layer(stride=2, channels=12, out=10), "mask"),
+    "dilated set, more channels": (layer(stride=2, channels=12, out=10), "dilated"),
     "stride 2 depthwise": (layer(stride=2, out=6, groups=6), "mask"),
     "stride 2 grouped": (layer(stride=2, out=4, groups=2), "mask"),
     "stride 3, pixels left over": (layer(stride=3, padding=0), "mask"),
@@ -114,14 +116,14 @@ def test_half_precision_and_wide_rows(channels):
 def test_two_output_sets_of_one_window_are_not_mixed_up(on_triton):
     """What a backend keeps with the input's patches must know the output's."""
     coords = points(0.3, (2, 5, 6))
-    x = sf.SparseTensor.from_coords(torch.randn(len(coords), 4), coords, (2, 5, 6))
+    x = sf.SparseTensor.from_coords(torch.randn(len(coords), 9), coords, (2, 5, 6))
     x = sf.SparseTensor(x.features.to(on_triton), sf.ActivePatches(x.patches.active.to(on_triton)), 1)
-    w, dense = torch.randn(5, 4, 3, 3).to(on_triton), x.to_dense()
+    w, dense = torch.randn(10, 9, 3, 3).to(on_triton), x.to_dense()
     for output in ("mask", "dilated", "mask"):
         rows = x.features.clone().requires_grad_()
         y = SF.conv2d(x.with_features(rows), w, None, 2, 1, output=output)
         torch.testing.assert_close(y.features, picked(F.conv2d(dense, w, None, 2, 1), y.coords), atol=1e-5, rtol=1e-4)
-        zero_filled = torch.zeros(2, 5, *y.shape[2:], device=on_triton)
+        zero_filled = torch.zeros(2, 10, *y.shape[2:], device=on_triton)
         zero_filled.permute(0, 2, 3, 1)[tuple(y.coords.long().T)] = 1
         expected = picked(F.conv_transpose2d(zero_filled, w, None, 2, 1, (0, 1)), x.coords)
         y.features.sum().backward()
@@ -238,7 +240,7 @@ def test_transposed_convolution_on_triton(name, dtype, on_triton):
 def check_inverse(kernel, stride, padding, output, dtype, groups=1, shape=SHAPE, density=0.3, device="cpu") -> None:
     """Down with a strided convolution, and back onto the pixels that it came from."""
     coords = points(density, shape).to(device)
-    inc, middle = 4, 6 if groups == 1 else 4
+    inc, middle = 12, 10 if groups == 1 else 12
     sizes = ((len(coords), inc), (middle, inc, kernel, kernel), (middle, inc // groups, kernel, kernel), (inc,))
     inputs = [torch.randn(s, dtype=torch.float64).to(device, dtype) for s in sizes]
     found = []
