@@ -105,7 +105,12 @@ def batch_norm_backward(grad, features, weight, bias, wanted, mean, rstd, traini
 
 def _cast(grads, inputs, wanted) -> list[torch.Tensor]:
     """The gradients that were asked for, in the dtypes of their inputs."""
-    return [g.to(t.dtype).contiguous() for g, t, w in zip(grads, inputs, wanted, strict=True) if w]
+    return [_apart(g.to(t.dtype).contiguous()) for g, t, w in zip(grads, inputs, wanted, strict=True) if w]
+
+
+def _apart(t: torch.Tensor) -> torch.Tensor:
+    """`t`, copied if it is a part of something larger: results of a registered op may not share memory."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def _keep_batch_norm(ctx, inputs, output) -> None:

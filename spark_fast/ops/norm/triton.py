@@ -96,7 +96,7 @@ def layer_norm_forward(features, weight, bias, eps, maps=None) -> tuple[torch.Te
     """The norm of each row, and the mean and the reciprocal deviation (N,) in float32."""
     features, weight, bias = packed(features, weight, bias)
     rows, channels = features.shape
-    mean, rstd = features.new_empty(2, rows, dtype=torch.float32)
+    mean, rstd = (features.new_empty(rows, dtype=torch.float32) for _ in "12")
     filled, side = _filled(maps)
 
     def run(config):
@@ -220,7 +220,7 @@ def _batch_statistics(features, running_mean, running_var, momentum: float, eps:
         return partial, tile["BLOCK_R"]
 
     partial, block = _tuned("norm.batch_statistics", (features.dtype, channels), features, configs.BATCH, run)
-    mean, rstd = features.new_empty(2, channels, dtype=torch.float32)
+    mean, rstd = (features.new_empty(channels, dtype=torch.float32) for _ in "12")
     updated = packed(running_mean, running_var)
     launch(
         batch_statistics, (triton.cdiv(channels, 16),), partial, mean, rstd, *updated, rows, partial.shape[0], momentum,
