@@ -99,21 +99,24 @@ def place(row, exists, coords, WINDOW: tl.constexpr):
 
 @triton.jit
 def pixel_row(pixel, exists, grid_to_patch, grid_w, SIDE: tl.constexpr):
-    """The packed row of a pixel of channels-last maps, whose pixels are numbered through the batch; negative where
-    masked. grid_to_patch (B, grid_h, grid_w) int32."""
+    """The packed row (int64) of a pixel of channels-last maps, whose pixels are numbered through the batch; negative
+    where masked. grid_to_patch (B, grid_h, grid_w) int32. There are at most LARGEST pixels: they divide in 32 bits.
+    """
+    pixel = pixel.to(tl.int32)
     line, x = pixel // (grid_w * SIDE), pixel % (grid_w * SIDE)  # lines of all images
-    cell = line // SIDE * grid_w + x // SIDE
-    patch = tl.load(grid_to_patch + cell, mask=exists, other=-1).to(tl.int64)
-    return (patch * SIDE + line % SIDE) * SIDE + x % SIDE
+    patch = tl.load(grid_to_patch + (line // SIDE * grid_w + x // SIDE), mask=exists, other=-1)
+    return ((patch * SIDE + line % SIDE) * SIDE + x % SIDE).to(tl.int64)
 
 
 @triton.jit
 def row_pixel(row, exists, coords, grid_h, grid_w, SIDE: tl.constexpr):
-    """The inverse of `pixel_row`; coords (patches, 3) int32."""
+    """The inverse of `pixel_row`; coords (patches, 3) int32. There are at most LARGEST rows."""
+    row = row.to(tl.int32)
     patch, inside = row // (SIDE * SIDE), row % (SIDE * SIDE)
-    image = tl.load(coords + 3 * patch, mask=exists, other=0).to(tl.int64)
-    grid_y = tl.load(coords + 3 * patch + 1, mask=exists, other=0)
-    grid_x = tl.load(coords + 3 * patch + 2, mask=exists, other=0)
+    at = coords + 3 * patch.to(tl.int64)
+    image = tl.load(at, mask=exists, other=0).to(tl.int64)
+    grid_y = tl.load(at + 1, mask=exists, other=0)
+    grid_x = tl.load(at + 2, mask=exists, other=0)
     line = (image * grid_h + grid_y) * SIDE + inside // SIDE
     return line * (grid_w * SIDE) + grid_x * SIDE + inside % SIDE
 

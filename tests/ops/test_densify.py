@@ -179,12 +179,12 @@ def test_triton_sum_of_masked_pixels_of_any_mask(patches, on_triton):
 
 @pytest.mark.parametrize("number", range(3))
 def test_triton_sum_of_masked_pixels_in_every_configuration(number, some_patches, on_triton):
-    """In some 20 parts."""
+    """In 14 parts."""
     from spark_fast.ops.densify import configs
 
     config = {**configs.COPY[number], "TILE": configs.COPY[number]["TILE"] // 4}
     with tuning.forced(config):
-        check_sum(sf.ActivePatches(some_patches.active.to(on_triton)), 5, 130, torch.float32)
+        check_sum(sf.ActivePatches(some_patches.active.to(on_triton)), 3, 130, torch.float32)
 
 
 def test_triton_leaves_integers_to_the_library(some_patches, on_triton):

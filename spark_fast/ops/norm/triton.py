@@ -290,6 +290,13 @@ def _rows_at(place, places, grid_to_patch, grid_w, SIDE: tl.constexpr):
 
 
 @triton.jit
+def _fill(to, fill, masked, column, inside):
+    """Writes `fill` (C,), or 0 for None, to the masked pixels."""
+    values = _vector(fill, column, inside, 0.0).to(to.dtype.element_ty)
+    tl.store(to, values, mask=masked[:, None] & inside[None, :])
+
+
+@triton.jit
 def _places_of(row, exists, coords, grid_h, grid_w, SIDE: tl.constexpr):
     """Where the gradients of rows lie: row i at place i or, with coords, at its pixel of channels-last maps."""
     place = row
@@ -433,11 +440,10 @@ def batch_apply(
     y = normal * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
     if residual is not None:
         y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
-    y = _activated(y, ACTIVATION)
+    to = out + (place[:, None] * CHANNELS + column[None, :])
+    tl.store(to, _activated(y, ACTIVATION).to(out.dtype.element_ty), mask=exists)
     if grid_to_patch is not None:
-        y = tl.where(present[:, None], y, _vector(fill, column, inside, 0.0))
-        exists = (place < places)[:, None] & inside[None, :]
-    tl.store(out + place[:, None] * CHANNELS + column[None, :], y.to(out.dtype.element_ty), mask=exists)
+        _fill(to, fill, (place < places) & (row < 0), column, inside)
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -483,7 +489,7 @@ def part_sums(
         at = row[:, None] * CHANNELS + column[None, :]
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
         place = _places_of(row, row < rows, coords, grid_h, grid_w, SIDE)
-        g = tl.load(grad + place[:, None] * CHANNELS + column[None, :], mask=exists, other=0.0).to(tl.float32)
+        g = tl.load(grad + (place[:, None] * CHANNELS + column[None, :]), mask=exists, other=0.0).to(tl.float32)
         if PER_ROW:
             m = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
             r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -534,7 +540,7 @@ def batch_grad(
     exists = (row < rows)[:, None] & inside[None, :]
     at = row[:, None] * CHANNELS + column[None, :]
     place = _places_of(row, row < rows, coords, grid_h, grid_w, SIDE)
-    g = tl.load(grad + place[:, None] * CHANNELS + column[None, :], mask=exists, other=0.0).to(tl.float32)
+    g = tl.load(grad + (place[:, None] * CHANNELS + column[None, :]), mask=exists, other=0.0).to(tl.float32)
     r, w = _vector(rstd, column, inside, 1.0), _vector(weight, column, inside, 1.0)
     if TRAINING or ACTIVATION is not None:
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
@@ -594,10 +600,10 @@ def layer_apply(
         at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
         y = (x - m) * r * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
+        to = out + (place[:, None] * CHANNELS + column[None, :])
+        tl.store(to, y.to(out.dtype.element_ty), mask=exists)
         if grid_to_patch is not None:
-            y = tl.where(present, y, _vector(fill, column, inside, 0.0))
-            exists = (place < places)[:, None] & inside[None, :]
-        tl.store(out + place[:, None] * CHANNELS + column[None, :], y.to(out.dtype.element_ty), mask=exists)
+            _fill(to, fill, (place < places) & (row < 0), column, inside)
     tl.store(mean + row[:, None], m, mask=present)
     tl.store(rstd + row[:, None], r, mask=present)
 
@@ -650,7 +656,7 @@ def layer_grad(
         for start in range(0, CHANNELS, BLOCK_C):
             at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g_at = grad + place[:, None] * CHANNELS + column[None, :]
+            g_at = grad + (place[:, None] * CHANNELS + column[None, :])
             g = tl.load(g_at, mask=exists, other=0.0).to(tl.float32)
             normal = tl.where(exists, (x - m) * r, 0.0)
             if partial is not None:
@@ -664,7 +670,7 @@ def layer_grad(
         for start in range(0, CHANNELS, BLOCK_C):
             at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g_at = grad + place[:, None] * CHANNELS + column[None, :]
+            g_at = grad + (place[:, None] * CHANNELS + column[None, :])
             g = tl.load(g_at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, column, inside, 1.0)
             value = (g - mean_g - (x - m) * r * mean_product) * r
             tl.store(out + at, value.to(out.dtype.element_ty), mask=exists)
