@@ -20,7 +20,7 @@ from spark_fast.nn import functional
 from spark_fast.ops.conv import conv2d, conv_transpose2d, project
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.linear import linear
-from spark_fast.ops.norm import batch_norm, layer_norm
+from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
 from spark_fast.ops.patch_loss import patch_loss
 from spark_fast.ops.pool import max_pool2d
 
@@ -100,6 +100,9 @@ def others(patches: sf.ActivePatches) -> Iterator[Case]:
     def relu_norm(patches, x, w, b):
         return batch_norm(x, None, None, w, b, training=True, activation="relu")
 
+    def filled_norm(patches, x, fill, w, b):
+        return batch_norm_scatter(x, patches, 3, fill, None, None, w, b, training=True)
+
     (gh, gw), batch, count = patches.grid, patches.batch, patches.rows(4)
     x, weight, bias = rows(patches, 3, 5), torch.randn(5).double(), torch.randn(5).double()
     order = torch.randperm(count).double() - count // 2 + 0.5  # no equal values, exact in every dtype
@@ -109,6 +112,9 @@ def others(patches: sf.ActivePatches) -> Iterator[Case]:
     yield Case("linear", "linear", lambda p, x, w, b: linear(x, w, b), (x, matrix, torch.randn(7).double()), 3)
     yield Case("norm", "batch norm, ReLU", relu_norm, (x, weight, bias), 3)
     yield Case("norm", "layer norm", lambda p, x, w, b: layer_norm(x, w, b), (x, weight, bias), 3)
+    filled = (x, torch.randn(5).double(), weight, bias)
+    yield Case("norm", "batch norm to maps", filled_norm, filled, 4)
+    yield Case("norm", "layer norm to maps", lambda p, x, *rest: layer_norm_scatter(x, p, 3, *rest), filled, 4)
     yield Case("pool", "max pool 3x3/2", lambda p, x: max_pool2d(x, p, 4, 3, 2, 1)[0], (distinct,), 1)
     yield Case("densify", "gather", lambda p, images: gather_patches(images, p), (images,), 1)
     yield Case("densify", "scatter", lambda p, x, fill: scatter_patches(x, p, 3, fill), (x, bias), 2)

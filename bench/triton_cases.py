@@ -114,6 +114,28 @@ def norms(active: sf.ActivePatches) -> Iterator[Case]:
         name = f"layer norm {channels} channels, {str(dtype).removeprefix('torch.')}"
         yield Case(name, run, configs.LAYER if every_config else ())
 
+    def to_maps(kind, side, channels, dtype, every_config):
+        x, c, fill = (
+            meta(active.rows(side), channels, dtype=dtype),
+            meta(channels, dtype=FLOAT),
+            meta(channels, dtype=dtype),
+        )
+        grad = meta(256, 7 * side, 7 * side, channels, dtype=dtype).permute(0, 3, 1, 2)
+        forward, backward = (active, side, fill), (active, side, None)
+        m = meta(x.shape[0], dtype=FLOAT)
+
+        def run():
+            if kind == "layer":
+                triton.layer_norm_forward(x, c, c, 1e-6, maps=forward)
+                triton.layer_norm_backward(grad, x, c, c, m, m, maps=backward)
+                return
+            for training in (True, False):
+                triton.batch_norm_forward(x, c, c, c, c, training, 0.1, 1e-5, None, maps=forward)
+                triton.batch_norm_backward(grad, x, c, c, c, c, training, None, maps=backward)
+
+        name = f"{kind} norm to maps, {channels} channels, side {side}, {str(dtype).removeprefix('torch.')}"
+        yield Case(name, run, (configs.LAYER if kind == "layer" else configs.BATCH) if every_config else ())
+
     yield from batch(16, 64, None, HALF, True)
     yield from batch(16, 64, "relu", FLOAT, True)
     yield from batch(1, 2048, "relu", HALF, True, with_residual=True)
@@ -127,6 +149,11 @@ def norms(active: sf.ActivePatches) -> Iterator[Case]:
     yield from layer(1, 768, torch.float16, False)
     yield from layer(1, 3072, HALF, False)
     yield from layer(1, 5000, HALF, False)
+    for kind in ("batch", "layer"):
+        for dtype in (HALF, FLOAT, torch.float16):
+            yield from to_maps(kind, 1, 768, dtype, dtype != torch.float16)
+        yield from to_maps(kind, 2, 1024, HALF, False)
+    yield from to_maps("layer", 1, 5000, HALF, False)
 
 
 def copies(active: sf.ActivePatches) -> Iterator[Case]:
@@ -142,8 +169,9 @@ def copies(active: sf.ActivePatches) -> Iterator[Case]:
             triton.gather(last, active)
             triton.scatter(rows, active, side, None)
             triton.scatter(rows, active, side, fill)
+            triton.sum_masked(last, active)
 
-        yield Case(f"gather, scatter {channels} channels, side {side}, {str(dtype).removeprefix('torch.')}", run,
+        yield Case(f"gather, scatter, sum {channels} channels, side {side}, {str(dtype).removeprefix('torch.')}", run,
                    tuple(configs.COPY) if channels in (3, 768) and dtype == HALF else ())  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
-        if _is_own(up, nn.ConvTranspose2d) and _is_own(conv[0], DenseConv2d):
+        if is_own(up, nn.ConvTranspose2d) and is_own(conv[0], DenseConv2d):
             x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
         else:
             x = conv[0](up(x))
@@ -46,8 +46,8 @@ class UpBlock(nn.Module):
         return _norm_activation(x, conv[4], None, skip)
 
 
-def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is `module` what `UpBlock` made, with nothing hooked onto it, so that a fused op may stand for its forward?"""
+def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is `module` what this package made, with nothing hooked onto it, so that a fused op may stand for its forward?"""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     own = type(module) is kind and not hooks
     if own and kind is nn.ConvTranspose2d:
@@ -62,21 +62,27 @@ def _norm_activation(
     x: torch.Tensor, norm: nn.Module, activation: nn.Module | None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """activation(norm(x) + residual), in one pass if they are what `UpBlock` made; others run as they are."""
-    fused = _is_own(norm, nn.BatchNorm2d) and norm.momentum is not None
+    fused = is_own(norm, nn.BatchNorm2d) and norm.momentum is not None
     fused = fused and (residual is None or residual.dtype == x.dtype)
-    if not fused or not (activation is None or _is_own(activation, nn.ReLU6)):
+    if not fused or not (activation is None or is_own(activation, nn.ReLU6)):
         x = norm(x)
         x = x if residual is None else x + residual
         return x if activation is None else activation(x)
-    track = norm.training and norm.track_running_stats
-    if track and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    use_batch = norm.training or norm.running_mean is None
-    running = (norm.running_mean, norm.running_var) if track or not use_batch else (None, None)
+    running, use_batch = running_statistics(norm)
     return batch_norm_dense(
         x, *running, norm.weight, norm.bias, use_batch, norm.momentum, norm.eps,
         None if activation is None else "relu6", residual,
     )  # fmt: skip
+
+
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], bool]:
+    """What `norm` gives its function when it runs now, which is counted: running mean and variance, and whether the
+    batch's own statistics are used."""
+    track = norm.training and norm.track_running_stats
+    if track and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    use_batch = norm.training or norm.running_mean is None
+    return (norm.running_mean, norm.running_var) if track or not use_batch else (None, None), use_batch
 
 
 class Decoder(nn.Module):

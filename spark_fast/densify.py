@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spark_fast.decoder import DenseConv2d
+from spark_fast.decoder import DenseConv2d, is_own, running_statistics
 from spark_fast.nn import SparseBatchNorm2d, SparseLayerNorm
 from spark_fast.ops.conv import project
 from spark_fast.ops.linear import linear
+from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
 from spark_fast.tensor import SparseTensor
 
 
@@ -46,15 +47,44 @@ class Densify(nn.Module):
 
     def forward(self, maps: list[SparseTensor]) -> list[torch.Tensor]:
         """Dense maps (B, width_i, H_i, W_i) from sparse ones (B, C_i, H_i, W_i), coarsest first."""
-        dense = []
-        for x, norm, proj, token in zip(maps, self.norms, self.projs, self.mask_tokens, strict=True):
-            x, fill = norm(x), token.flatten()
-            if isinstance(proj, DenseConv2d):
-                filled = project(x.features, fill.to(x.dtype), x.patches, x.side, proj.weight, proj.bias)
-            else:
-                filled = proj(x).to_dense(fill=proj(fill.to(x.dtype)[None])[0])
-            dense.append(filled)
-        return dense
+        stages = zip(maps, self.norms, self.projs, self.mask_tokens, strict=True)
+        return [_dense(x, norm, proj, token.flatten()) for x, norm, proj, token in stages]
+
+
+def _dense(x: SparseTensor, norm: nn.Module, proj: nn.Module, token: torch.Tensor) -> torch.Tensor:
+    """proj(norm(x) filled with token (C,)); with the norm in the pass of what follows if it is what `Densify` made."""
+    plain = is_own(norm, SparseLayerNorm) or (is_own(norm, SparseBatchNorm2d) and norm.momentum is not None)
+    plain = plain and norm.bias is not None and not x.channels_last
+    if isinstance(proj, DenseConv2d):
+        if not plain:
+            x = norm(x)
+            return project(x.features, token.to(x.dtype), x.patches, x.side, proj.weight, proj.bias)
+        # norm(x) - token is the norm with another bias: no pass of its own.
+        token = token.to(x.dtype)
+        bias = norm.bias - token.to(norm.bias.dtype)
+        return project(_rows(x, norm, bias), token, x.patches, x.side, proj.weight, proj.bias, relative=True)
+    if plain and is_own(proj, nn.Identity):
+        return _scattered(x, norm, token.to(x.dtype))
+    x = norm(x)
+    return proj(x).to_dense(fill=proj(token.to(x.dtype)[None])[0])
+
+
+def _rows(x: SparseTensor, norm: nn.Module, bias: torch.Tensor) -> torch.Tensor:
+    """norm(x).features with another bias than the norm's own."""
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm(x.features, norm.weight, bias, norm.eps)
+    running, training = running_statistics(norm)
+    return batch_norm(x.features, *running, norm.weight, bias, training, norm.momentum, norm.eps)
+
+
+def _scattered(x: SparseTensor, norm: nn.Module, fill: torch.Tensor) -> torch.Tensor:
+    """norm(x).to_dense(fill)."""
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm_scatter(x.features, x.patches, x.side, fill, norm.weight, norm.bias, norm.eps)
+    running, training = running_statistics(norm)
+    return batch_norm_scatter(
+        x.features, x.patches, x.side, fill, *running, norm.weight, norm.bias, training, norm.momentum, norm.eps
+    )
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

@@ -1,11 +1,14 @@
 """Densify: norm, mask token and projection of each stage, against the plain formula."""
 
+import copy
+
 import pytest
 import simulation
 import torch
 from simulation import Mask, gap, gradients, random_mask, stir
 
 import spark_fast as sf
+from spark_fast import densify
 
 GRID, CHANNELS, WIDTH = (2, 3), [24, 12, 7], 24
 
@@ -75,3 +78,69 @@ def test_tokens_start_small_and_random():
     for token, channels in zip(sf.Densify([512, 256], [64, 32], "bn").mask_tokens, [512, 256], strict=True):
         assert token.shape == (1, channels, 1, 1)
         assert 0.008 < float(token.detach().std()) < 0.02 and float(token.detach().abs().max()) <= 0.02
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln"])
+@pytest.mark.parametrize("change", ["norm hook", "projection hook", "momentum"])
+def test_what_is_not_its_own_runs_as_it_is(norm, change):
+    """A hook is called and may change what passes; a module's own settings count. The rest stays to rounding."""
+    active = MASKS["unequal"]
+    ours, _, maps = case(active, norm)
+    other = copy.deepcopy(ours)
+    calls = []
+    if change == "momentum":
+        for module in (m for m in other.norms if norm == "bn"):
+            module.momentum = None  # a cumulative average: after the first batch, the batch's own statistics
+    else:
+        for module in other.norms if change == "norm hook" else [other.projs[0]]:
+            module.register_forward_hook(lambda module, args, out: calls.append(out))
+    patches = sf.ActivePatches(active)
+    results = []
+    for module in (ours, other):
+        leaves = [m.clone().requires_grad_() for m in maps]
+        out = module([sf.SparseTensor.from_dense(m, patches) for m in leaves])
+        upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o) for o in out]
+        torch.autograd.backward(out, upstream)
+        results.append([*out, *(m.grad for m in leaves), *gradients(module).values()])
+    assert all(gap(a, b, 1e-6) < 1e-11 for a, b in zip(*results, strict=True))
+    seen = [call for call in calls if isinstance(call, sf.SparseTensor)]
+    assert len(seen) == {"norm hook": 3, "projection hook": 1, "momentum": 0}[change]
+    if change == "momentum" and norm == "bn":
+        assert not torch.equal(other.norms[0].running_mean, ours.norms[0].running_mean)
+    assert all(int(m.num_batches_tracked) == 1 for m in (*ours.norms, *other.norms) if norm == "bn")
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln"])
+def test_no_pass_of_its_own_for_token_and_fill(norm, monkeypatch):
+    """The token is part of the norm's bias before a 3x3 projection; where there is none the norm fills the maps."""
+    active = MASKS["equal"]
+    ours, _, maps = case(active, norm)
+    ran = []
+    for name in ("project", "batch_norm_scatter", "layer_norm_scatter"):
+        real = getattr(densify, name)
+        monkeypatch.setattr(
+            densify, name, lambda *a, name=name, real=real, **k: ran.append((name, k.get("relative"))) or real(*a, **k)
+        )
+    patches = sf.ActivePatches(active)
+    ours([sf.SparseTensor.from_dense(m, patches) for m in maps])
+    first = {"bn": "batch_norm_scatter", "ln": "layer_norm_scatter"}[norm]
+    assert ran == [(first, None), ("project", True), ("project", True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["bn", "ln", "none"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_is_near(norm, dtype, autocast):
+    """Parameters of the rows' dtype, or float32 ones under autocast."""
+    active = MASKS["equal"]
+    ours, plain, maps = case(active, norm)
+    module = copy.deepcopy(ours).to(torch.float32 if autocast else dtype)
+    patches, mask = sf.ActivePatches(active), Mask(active)
+    inputs = [sf.SparseTensor.from_dense(m.to(dtype), patches) for m in maps]
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        out = module(inputs)
+    truth = plain([mask.apply(m.to(dtype).double()) for m in maps], mask).values()
+    for o, t in zip(out, truth, strict=True):
+        assert o.dtype == dtype and gap(o, t) < 4 * torch.finfo(dtype).eps
+    sum(o.float().square().sum() for o in out).backward()
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in module.parameters())

@@ -16,7 +16,7 @@ from bench.layers import pairs
 from bench.nets import plain_loss
 from spark_fast.ops.conv import project
 from spark_fast.ops.densify import gather_patches, scatter_patches
-from spark_fast.ops.norm import batch_norm, layer_norm
+from spark_fast.ops.norm import batch_norm, layer_norm, layer_norm_scatter
 from spark_fast.ops.patch_loss import patch_loss
 from spark_fast.ops.pool import max_pool2d
 
@@ -67,6 +67,8 @@ def specs(patches: sf.ActivePatches, tiny: bool) -> Iterator[Spec]:
         yield Spec(f"batch norm + ReLU, side {side}, {channels} channels", make)
     for side, channels in ((8, 128), (2, 512)):
         yield Spec(f"layer norm, side {side}, {channels} channels", partial(_layer_norm, patches, side, few(channels)))
+    make = partial(_layer_norm_to_maps, patches, 1, few(768))
+    yield Spec("layer norm to maps around a token, side 1, 768 channels", make)
     yield Spec("max pool 3x3/2, side 16, 64 channels", partial(_pool, patches, 16, few(64)))
     yield Spec("gather of the images", partial(_gather, patches, 32), ("forward",))
     yield Spec("scatter around a token, side 8, 256 channels", partial(_scatter, patches, 8, few(256)))
@@ -129,6 +131,27 @@ def _layer_norm(patches: sf.ActivePatches, side: int, channels: int) -> Case:
     rows = x.shape[0]
     maps, terms = (pixels, weight, bias), (channels, channels, rows, rows)
     return Case("norm", layer_norm, truth, (x, weight, bias), truth, maps, 0, terms)
+
+
+def _layer_norm_to_maps(patches: sf.ActivePatches, side: int, channels: int) -> Case:
+    x = _rows(patches, side, channels)
+    fill, weight, bias = (torch.randn(channels, device=x.device).to(HALF) for _ in range(3))
+    mask = F.interpolate(patches.active[:, None].float(), scale_factor=side).bool()
+
+    def ours(x, fill, weight, bias):
+        return layer_norm_scatter(x, patches, side, fill, weight, bias)
+
+    def truth(x, fill, weight, bias):
+        return _filled(F.layer_norm(x, x.shape[1:], weight, bias), fill, patches, side)
+
+    def dense(maps, fill, weight, bias):
+        pixels = F.layer_norm(maps.permute(0, 2, 3, 1), (channels,), weight, bias)
+        return torch.where(mask, pixels.permute(0, 3, 1, 2), fill.view(-1, 1, 1))
+
+    maps = (_last(_map(x, patches, side)), fill, weight, bias)
+    rows = x.shape[0]
+    terms = (channels, channels, mask.numel(), rows, rows)
+    return Case("norm", ours, truth, (x, fill, weight, bias), dense, maps, 0, terms)
 
 
 def _pool(patches: sf.ActivePatches, side: int, channels: int) -> Case:

@@ -98,6 +98,30 @@ def place(row, exists, coords, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def pixel_row(pixel, exists, grid_to_patch, grid_w, SIDE: tl.constexpr):
+    """The packed row (int64) of a pixel of channels-last maps, whose pixels are numbered through the batch; negative
+    where masked. grid_to_patch (B, grid_h, grid_w) int32. There are at most LARGEST pixels: they divide in 32 bits.
+    """
+    pixel = pixel.to(tl.int32)
+    line, x = pixel // (grid_w * SIDE), pixel % (grid_w * SIDE)  # lines of all images
+    patch = tl.load(grid_to_patch + (line // SIDE * grid_w + x // SIDE), mask=exists, other=-1)
+    return ((patch * SIDE + line % SIDE) * SIDE + x % SIDE).to(tl.int64)
+
+
+@triton.jit
+def row_pixel(row, exists, coords, grid_h, grid_w, SIDE: tl.constexpr):
+    """The inverse of `pixel_row`; coords (patches, 3) int32. There are at most LARGEST rows."""
+    row = row.to(tl.int32)
+    patch, inside = row // (SIDE * SIDE), row % (SIDE * SIDE)
+    at = coords + 3 * patch.to(tl.int64)
+    image = tl.load(at, mask=exists, other=0).to(tl.int64)
+    grid_y = tl.load(at + 1, mask=exists, other=0)
+    grid_x = tl.load(at + 2, mask=exists, other=0)
+    line = (image * grid_h + grid_y) * SIDE + inside // SIDE
+    return line * (grid_w * SIDE) + grid_x * SIDE + inside % SIDE
+
+
+@triton.jit
 def _along(at, k, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The source coordinate of a query coordinate at tap k, and whether the tap exists there."""
     if TRANSPOSED:

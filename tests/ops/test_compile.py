@@ -16,7 +16,7 @@ from spark_fast.ops.densify import graph as densify
 from spark_fast.ops.depthwise import graph as depthwise
 from spark_fast.ops.linear import graph as linear_graph
 from spark_fast.ops.linear import linear
-from spark_fast.ops.norm import batch_norm, layer_norm
+from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
 from spark_fast.ops.norm import graph as norm
 from spark_fast.ops.patch_loss import graph as loss
 from spark_fast.ops.patch_loss import patch_loss
@@ -88,6 +88,49 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
             norm.batch_norm_backward,
             (x.detach(), x.detach(), None, None, [True, False, False], vector, vector, True, "relu", ""),
         ),
+        "layer norm to maps": (norm.layer_scatter_forward, (x, t(c), t(c), t(c), 1e-5, SIDE, "", "", *tables)),
+        "layer norm to maps, plain, forced": (
+            norm.layer_scatter_forward,
+            (x, None, None, None, 1e-5, SIDE, "reference", "reference", *tables),
+        ),
+        "layer norm of maps grad": (
+            norm.layer_scatter_backward,
+            (
+                image.detach(),
+                x.detach(),
+                t(c, grad=False),
+                None,
+                [True, True, False],
+                column,
+                column,
+                SIDE,
+                "",
+                "",
+                *tables,
+            ),
+        ),
+        "batch norm to maps, eval": (
+            norm.batch_scatter_forward,
+            (
+                x,
+                t(c),
+                t(c),
+                t(c),
+                t(c, grad=False),
+                torch.ones(c, dtype=dtype),
+                False,
+                0.1,
+                1e-5,
+                SIDE,
+                "",
+                "",
+                *tables,
+            ),
+        ),
+        "batch norm of maps grad": (
+            norm.batch_scatter_backward,
+            (image.detach(), x.detach(), None, None, [True, False, False], vector, vector, True, SIDE, "", "", *tables),
+        ),
         "gather": (densify.gather, (image, "", *tables)),
         "scatter": (densify.scatter, (x, t(c), SIDE, "", *tables)),
         "scatter, zeros": (densify.scatter, (x, None, SIDE, "", *tables)),
@@ -98,6 +141,8 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
         settings = (True, 0.1, 1e-5, "relu", "")
         cases["batch norm"] = (norm.batch_norm_forward, (x, t(c), t(c), *running, *settings))
         cases["batch norm, plain"] = (norm.batch_norm_forward, (x, None, None, None, None, *settings))
+        where = (True, 0.1, 1e-5, SIDE, "", "", *tables)
+        cases["batch norm to maps"] = (norm.batch_scatter_forward, (x, t(c), t(c), t(c), *running, *where))
     if dtype in (torch.float32, torch.float64):
         scalar = torch.ones((), dtype=dtype)
         cases["loss"] = (loss.forward, (image, image.detach() * 2 + 1, "", *tables))
@@ -108,7 +153,7 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
 
 CASES = list(registered_cases(sf.ActivePatches(torch.ones(1, 2, 2, dtype=torch.bool)), torch.float32))
 # A batch norm trains on two active pixels at least.
-TOO_FEW = {("batch norm", "none"), ("batch norm, plain", "none")}
+TOO_FEW = {(name, "none") for name in ("batch norm", "batch norm, plain", "batch norm to maps")}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +175,24 @@ def test_registered_ops_keep_the_rules(name, patches):
 def test_fake_kernels_tell_the_dtype(name, dtype, some_patches):
     op, arguments = registered_cases(some_patches, dtype)[name]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# Where a backend may be forced and is not, which the argument "" says, and Triton has a kernel.
+ON_TRITON = [n for n in CASES if not n.startswith("linear") and "forced" not in n and n != "conv, dense"]
+
+
+@pytest.mark.parametrize("name", ON_TRITON)
+def test_registered_ops_keep_the_rules_on_triton(name, some_patches, on_triton):
+    """Its results share no memory, which eager code would not notice."""
+
+    def there(argument):
+        if torch.is_tensor(argument):
+            return argument.detach().to(on_triton).requires_grad_(argument.requires_grad)
+        return "triton" if argument == "" else argument
+
+    op, arguments = registered_cases(some_patches, torch.float32)[name]
+    arguments = tuple(there(a) for a in arguments)
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
 
 def test_up_conv2d_keeps_the_rules():
@@ -172,6 +235,14 @@ def functions(patches: sf.ActivePatches) -> dict:
         "batch_norm, residual": (
             lambda x, r: batch_norm(x, statistic, statistic + 1, activation="relu6", residual=r),
             (x, tensor(rows, c)),
+        ),
+        "layer_norm_scatter": (
+            lambda x, fill, *wb: layer_norm_scatter(x, patches, side, fill, *wb),
+            (x, tensor(c), tensor(c), tensor(c)),
+        ),
+        "batch_norm_scatter": (
+            lambda x, fill, *wb: batch_norm_scatter(x, patches, side, fill, statistic, statistic + 1, *wb),
+            (x, tensor(c), tensor(c), tensor(c)),
         ),
         "max_pool2d": (lambda x: max_pool2d(x, patches, side, 3, 2, 1)[0], (x,)),
         "avg_pool2d": (lambda x: avg_pool2d(x, patches, side, 3, 2, 1, count_include_pad=False)[0], (x,)),
@@ -224,12 +295,16 @@ def test_inductor_equals_eager(name, some_patches):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_updates_the_running_statistics(training, affine):
-    x, weights = tensor(30, 7), [tensor(7), tensor(7)] if affine else []
+@pytest.mark.parametrize("to_maps", [True, False])
+def test_batch_norm_updates_the_running_statistics(to_maps, training, affine, some_patches):
+    x, weights = tensor(some_patches.rows(2), 7), [tensor(7), tensor(7)] if affine else []
     runs = []
 
     def function(x, mean, var, *weights):
-        return batch_norm(x, mean, var, *(weights or (None, None)), training, 0.3, 1e-5, "relu")
+        weights = weights or (None, None)
+        if to_maps:
+            return batch_norm_scatter(x, some_patches, 2, None, mean, var, *weights, training, 0.3)
+        return batch_norm(x, mean, var, *weights, training, 0.3, 1e-5, "relu")
 
     for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
         running = torch.zeros(7).double(), torch.ones(7).double()
@@ -289,6 +364,27 @@ def test_a_forced_backend_is_part_of_the_graph(monkeypatch):
         y.sum().backward()  # outside: what was forced going forward holds
         assert sorted(ran, key=lambda r: r[1]) == [(module, name) for name in names]
         ran.clear()
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_compiled_norms_write_maps_in_one_pass(kind, some_patches, monkeypatch, on_triton):
+    from spark_fast.ops.densify import triton
+
+    def function(x, fill, w, b, patches):
+        if kind == "layer":
+            return layer_norm_scatter(x, patches, 2, fill, w, b)
+        return batch_norm_scatter(x, patches, 2, fill, None, None, w, b, True)
+
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    inputs = [tensor(patches.rows(2), 7, dtype=torch.float32), *(tensor(7, dtype=torch.float32) for _ in "123")]
+    inputs = [t.detach().to(on_triton).requires_grad_() for t in inputs]
+    for name in ("gather", "scatter"):
+        monkeypatch.setattr(triton, name, None)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    outputs = [run(*inputs, patches) for run in (function, compiled)]
+    weights = torch.randn_like(outputs[0])
+    runs = [(y, *torch.autograd.grad(y, inputs, weights)) for y in outputs]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_autocast_is_part_of_the_graph():

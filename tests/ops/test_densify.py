@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactness import DTYPES, value_and_grads
+from exactness import DTYPES, assert_as_exact, value_and_grads
 
 import spark_fast as sf
 from spark_fast import use_backend
@@ -152,6 +152,39 @@ def test_triton_does_not_read_masked_pixels(some_patches, on_triton):
     masked = ~patches.active[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
     before = gather_patches(images, patches)
     assert torch.equal(before, gather_patches(images.masked_fill(masked, torch.nan), patches))
+
+
+def check_sum(patches, side, channels, dtype):
+    """Of any layout, NaN at active pixels; the same bits in every run."""
+    from spark_fast.ops.densify import reference, triton
+
+    maps = torch.randn(patches.batch, channels, *(side * g for g in patches.grid)).to(patches.device, dtype)
+    active = patches.active[:, None].repeat_interleave(side, 2).repeat_interleave(side, 3)
+    theirs, true = (reference.sum_masked(m, patches) for m in (maps, maps.double()))
+    for layout in layouts(maps.masked_fill(active, torch.nan))[:3]:
+        ours, again = (triton.sum_masked(layout, patches) for _ in "12")
+        assert torch.equal(ours, again) and ours.dtype == dtype
+        assert_as_exact(ours, theirs, true, "sum", maps.numel() // channels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "channels"), [(1, 65), (3, 7), (4, 130)])
+def test_triton_sum_of_masked_pixels(channels, side, dtype, some_patches, on_triton):
+    check_sum(sf.ActivePatches(some_patches.active.to(on_triton)), side, channels, dtype)
+
+
+def test_triton_sum_of_masked_pixels_of_any_mask(patches, on_triton):
+    check_sum(sf.ActivePatches(patches.active.to(on_triton)), 3, 7, torch.float32)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_triton_sum_of_masked_pixels_in_every_configuration(number, some_patches, on_triton):
+    """In 14 parts."""
+    from spark_fast.ops.densify import configs
+
+    config = {**configs.COPY[number], "TILE": configs.COPY[number]["TILE"] // 4}
+    with tuning.forced(config):
+        check_sum(sf.ActivePatches(some_patches.active.to(on_triton)), 3, 130, torch.float32)
 
 
 def test_triton_leaves_integers_to_the_library(some_patches, on_triton):

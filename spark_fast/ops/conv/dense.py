@@ -43,6 +43,7 @@ def project(
     side: int,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    relative: bool = False,
 ) -> torch.Tensor:
     """3x3 convolution (padding 1) of the maps that hold `features` at active pixels and `token` at masked ones
     (paper, section 3.2), without making them.
@@ -55,6 +56,7 @@ def project(
         token: (C,), the features' dtype.
         weight: (O, C, 3, 3), the features' dtype (any floating dtype under torch.autocast).
         bias: (O,) or None.
+        relative: `features` are distances from the token already, so that no pass over them is needed.
 
     Returns:
         (B, O, gh * side, gw * side), channels-last in memory.
@@ -67,7 +69,8 @@ def project(
     checks.check_like("project", "token", token, features, (features.shape[1],))
     _check("project", features, weight, bias, features.shape[1])
     size = (patches.grid[0] * side, patches.grid[1] * side)
-    return _apply(features - token, weight, bias, patches, patches.batch, size) + _constant(token, weight, size)
+    distances = features if relative else features - token
+    return _apply(distances, weight, bias, patches, patches.batch, size) + _constant(token, weight, size)
 
 
 def _constant(token: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

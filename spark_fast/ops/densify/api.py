@@ -102,5 +102,5 @@ class ScatterPatches(torch.autograd.Function):
     def backward(ctx, grad):
         grad_fill = None
         if ctx.needs_input_grad[1]:
-            grad_fill = ctx.run.gather(grad, ctx.patches.complement()).sum(0)
+            grad_fill = ctx.run.sum_masked(grad, ctx.patches)
         return ctx.run.gather(grad, ctx.patches), grad_fill, None, None, None

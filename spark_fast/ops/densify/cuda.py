@@ -56,3 +56,8 @@ def scatter(features: torch.Tensor, patches: ActivePatches, side: int, fill: tor
         batch=patches.batch, gh=gh, gw=gw, side=side, channels=channels, dense=dense.data_ptr(),
     )  # fmt: skip
     return dense.permute(0, 3, 1, 2)
+
+
+def sum_masked(maps: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+    """Sum (C,) over the masked pixels of maps (B, C, gh * side, gw * side)."""
+    return gather(maps, patches.complement()).sum(0)

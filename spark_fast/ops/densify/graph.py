@@ -46,8 +46,8 @@ def scatter(features, fill, side, forced, *tables):
     fake=lambda grad, forced, *tables: grad.new_empty(grad.shape[1]),
 )
 def grad_fill(grad, forced, *tables):
-    masked = ActivePatches.from_tables(*tables).complement()
-    return graph.run("densify", forced, grad, masked).gather(grad, masked).sum(0)
+    patches = ActivePatches.from_tables(*tables)
+    return graph.run("densify", forced, grad, patches).sum_masked(grad, patches)
 
 
 def _keep_gather(ctx, inputs, output) -> None:

@@ -21,3 +21,8 @@ def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
     )
     dense.transpose(2, 3)[patches.index] = features.view(-1, side, side, channels)
     return dense.view(patches.batch, gh * side, gw * side, channels).permute(0, 3, 1, 2)
+
+
+def sum_masked(maps: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+    """Sum (C,) over the masked pixels of maps (B, C, gh * side, gw * side)."""
+    return gather(maps, patches.complement()).sum(0)

@@ -26,3 +26,8 @@ def scatter(features, patches: ActivePatches, side: int | tuple[int, int], fill)
         pixels = patch.t().unflatten(1, (height, width))
         out[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width] = pixels
     return out
+
+
+def sum_masked(maps: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+    """Sum (C,) over the masked pixels of maps (B, C, gh * side, gw * side)."""
+    return gather(maps, patches.complement()).sum(0)

@@ -1,4 +1,5 @@
-"""Triton kernels between dense maps and packed rows: bit copies, each value of the result written once."""
+"""Triton kernels between dense maps and packed rows: bit copies, each value of the result written once; and the sum
+over masked pixels, in parts that are added in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ import triton.language as tl
 from spark_fast.ops import checks, tuning
 from spark_fast.ops.densify import configs
 from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
+from spark_fast.ops.triton_window import pixel_row
 from spark_fast.patches import ActivePatches
+
+PROGRAMS = 1024  # that sum over pixels: enough to fill any GPU; a fixed number, so that sums do not depend on the GPU
+LEAST_TILES = 4  # of a part
 
 
 def unsupported(tensor: torch.Tensor, patches: ActivePatches, side: int | None = None) -> str | None:
@@ -44,12 +49,34 @@ def scatter(features: torch.Tensor, patches: ActivePatches, side: int, fill: tor
         dense = features.new_empty(patches.batch, gh * side, gw * side, channels)
         tile = _tile(config, channels)
         launch(
-            scatter_rows, (_tiles(pixels, channels, tile),), features, fill, dense, patches.grid_to_patch, pixels, gh,
-            gw, CHANNELS=channels, SIDE=side, **tile,
+            scatter_rows, (_tiles(pixels, channels, tile),), features, fill, dense, patches.grid_to_patch, pixels, gw,
+            CHANNELS=channels, SIDE=side, **tile,
         )  # fmt: skip
         return dense.permute(0, 3, 1, 2)
 
     return _tuned("densify.scatter", (features.dtype, channels, side), pixels, run, features.device)
+
+
+def sum_masked(maps: torch.Tensor, patches: ActivePatches) -> torch.Tensor:
+    """Sum (C,) over the masked pixels of maps (B, C, gh * side, gw * side); other pixels are not read."""
+    (rows,) = packed(maps.permute(0, 2, 3, 1))
+    (gh, gw), channels = patches.grid, rows.shape[3]
+    side = rows.shape[1] // gh
+    pixels = patches.batch * gh * gw * side * side
+
+    def run(config):
+        tile = _tile(config, channels)
+        columns = triton.cdiv(channels, tile["BLOCK_C"])
+        tiles = triton.cdiv(pixels, tile["BLOCK_R"])
+        parts = min(triton.cdiv(PROGRAMS, max(columns, 1)), triton.cdiv(tiles, LEAST_TILES))
+        partial = rows.new_empty(parts, channels, dtype=torch.promote_types(rows.dtype, torch.float32))
+        launch(
+            masked_sums, (parts * columns,), rows, partial, patches.grid_to_patch, pixels, parts, gw,
+            CHANNELS=channels, SIDE=side, **tile,
+        )  # fmt: skip
+        return partial.sum(0).to(maps.dtype)
+
+    return _tuned("densify.sum_masked", (rows.dtype, channels, side), pixels, run, rows.device)
 
 
 def _tuned(kernel: str, case: tuple, rows: int, run, device: torch.device):
@@ -102,7 +129,6 @@ def scatter_rows(
     dense,
     grid_to_patch,
     pixels,
-    grid_h,
     grid_w,
     CHANNELS: tl.constexpr,
     SIDE: tl.constexpr,
@@ -111,18 +137,15 @@ def scatter_rows(
 ):
     """dense (pixels, C) = the pixel's row of `features` where its patch is active, else fill (C,) or, None, 0.
 
-    grid_to_patch (B, grid_h, grid_w) int32. Grid: (tiles of pixels * tiles of C,).
+    grid_to_patch (B, grid rows, grid_w) int32. Grid: (tiles of pixels * tiles of C,).
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     pixel = tl.program_id(0) // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     column = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     present = pixel < pixels
-    line, x = pixel // (grid_w * SIDE), pixel % (grid_w * SIDE)  # lines of all images
-    cell = line // SIDE * grid_w + x // SIDE
-    patch = tl.load(grid_to_patch + cell, mask=present, other=-1).to(tl.int64)
-    row = (patch * SIDE + line % SIDE) * SIDE + x % SIDE
+    row = pixel_row(pixel, present, grid_to_patch, grid_w, SIDE)
     inside = (column < CHANNELS)[None, :]
-    active = patch[:, None] >= 0
+    active = row[:, None] >= 0
     at = features + row[:, None] * CHANNELS + column[None, :]
     if fill is None:
         values = tl.load(at, mask=active & inside, other=0.0)
@@ -130,3 +153,35 @@ def scatter_rows(
         filling = tl.load(fill + column[None, :], mask=inside, other=0.0)
         values = tl.where(active, tl.load(at, mask=active & inside, other=0.0), filling)
     tl.store(dense + pixel[:, None] * CHANNELS + column[None, :], values, mask=present[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def masked_sums(
+    maps,
+    partial,
+    grid_to_patch,
+    pixels,
+    parts,
+    grid_w,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """partial (parts, C): the sum of a part's masked pixels; maps (pixels, C).
+
+    A part takes every parts-th tile of pixels. grid_to_patch (B, grid rows, grid_w) int32. Grid: (parts * tiles of C,).
+    """
+    blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    part = tl.program_id(0) // blocks_c
+    column = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < CHANNELS
+    lane = tl.arange(0, BLOCK_R).to(tl.int64)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
+    for tile in range(part, (pixels + BLOCK_R - 1) // BLOCK_R, parts):
+        pixel = tile * BLOCK_R + lane
+        present = pixel < pixels
+        masked = present & (pixel_row(pixel, present, grid_to_patch, grid_w, SIDE) < 0)
+        at = maps + pixel[:, None] * CHANNELS + column[None, :]
+        sums += tl.load(at, mask=masked[:, None] & inside[None, :], other=0.0).to(partial.dtype.element_ty)
+    tl.store(partial + part.to(tl.int64) * CHANNELS + column, tl.sum(sums, 0), mask=inside)

@@ -1,3 +1,6 @@
 from spark_fast.ops.norm.api import batch_norm, batch_norm_dense, layer_norm, sync_batch_norm
+from spark_fast.ops.norm.scatter import batch_norm_scatter, layer_norm_scatter
 
-__all__ = ["batch_norm", "batch_norm_dense", "layer_norm", "sync_batch_norm"]
+__all__ = [
+    "batch_norm", "batch_norm_dense", "batch_norm_scatter", "layer_norm", "layer_norm_scatter", "sync_batch_norm",
+]  # fmt: skip

@@ -42,20 +42,9 @@ def batch_norm(
         ValueError: training with fewer than two active pixels, evaluating without running statistics, an argument of
             another shape or device, or an unknown activation.
     """
-    _check("batch_norm", features)
-    if training and features.shape[0] < 2:
-        raise ValueError(
-            f"batch_norm: training needs at least 2 active pixels in the batch; got {features.shape[0]}. "
-            "Use more images, a lower mask_ratio or model.eval()"
-        )
-    if not training and (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm: running_mean and running_var must be given together")
-    if not training and running_mean is None:
-        raise ValueError("batch_norm: training=False needs running_mean and running_var")
+    check_batch_norm("batch_norm", features, running_mean, running_var, weight, bias, training)
     if activation not in (None, "relu", "relu6"):
         raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6'; got {activation!r}")
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    _check_vectors("batch_norm", features, vectors)
     checks.check_like("batch_norm", "residual", residual, features, tuple(features.shape))
     running, settings = (running_mean, running_var), (bool(training), float(momentum), float(eps))
     if torch.compiler.is_compiling():
@@ -111,8 +100,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument does not fit the others; the message names it.
     """
-    _check("layer_norm", features)
-    _check_vectors("layer_norm", features, {"weight": weight, "bias": bias})
+    check_layer_norm("layer_norm", features, weight, bias)
     if torch.compiler.is_compiling():
         return graph.layer_norm(features, weight, bias, float(eps))
     run = backend.select("norm", features.device, features.dtype, features)
@@ -140,7 +128,7 @@ class BatchNormFunction(torch.autograd.Function):
         grads = ctx.run.batch_norm_backward(grad.contiguous(), *saved[:5], *ctx.settings, *saved[5:])
         if len(grads) == 3:
             grads = (*grads, grad)  # of a residual without an activation
-        return *_wanted(ctx, grads, (*saved[:3], grad)), None, None, None
+        return *wanted_grads(ctx, grads, (*saved[:3], grad)), None, None, None
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -156,10 +144,10 @@ class LayerNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved = ctx.saved_tensors  # checkpointing lets them be read once
-        return *_wanted(ctx, ctx.run.layer_norm_backward(grad.contiguous(), *saved), saved), None, None
+        return *wanted_grads(ctx, ctx.run.layer_norm_backward(grad.contiguous(), *saved), saved), None, None
 
 
-def _wanted(ctx, grads: tuple[torch.Tensor | None, ...], inputs: tuple[torch.Tensor | None, ...]) -> tuple:
+def wanted_grads(ctx, grads: tuple[torch.Tensor | None, ...], inputs: tuple[torch.Tensor | None, ...]) -> tuple:
     """The gradients that were asked for, in the dtypes of their inputs."""
     return tuple(
         grad.to(at.dtype) if needed else None
@@ -201,6 +189,26 @@ def sync_batch_norm(
     out = out if weight is None else out * weight
     out = out if bias is None else out + bias
     return out.to(features.dtype)
+
+
+def check_batch_norm(op: str, features, running_mean, running_var, weight, bias, training: bool) -> None:
+    _check(op, features)
+    if training and features.shape[0] < 2:
+        raise ValueError(
+            f"{op}: training needs at least 2 active pixels in the batch; got {features.shape[0]}. "
+            "Use more images, a lower mask_ratio or model.eval()"
+        )
+    if not training and (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: running_mean and running_var must be given together")
+    if not training and running_mean is None:
+        raise ValueError(f"{op}: training=False needs running_mean and running_var")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check_vectors(op, features, vectors)
+
+
+def check_layer_norm(op: str, features, weight, bias) -> None:
+    _check(op, features)
+    _check_vectors(op, features, {"weight": weight, "bias": bias})
 
 
 def _check(op: str, features: torch.Tensor) -> None:

@@ -1,5 +1,8 @@
 """Triton kernels of batch norm and layer norm on rows.
 
+With `maps`, (patches, side, fill), the rows are normalised into dense maps (B, C, gh * side, gw * side) whose masked
+pixels are `fill` (C,) or 0; a backward pass reads the gradient of such maps, of active pixels only.
+
 Sums over rows are made in parts, one program each, and added in a fixed order; nothing is atomic. A pass that follows
 takes the rows in the opposite order, since the last ones read are those still in the cache.
 """
@@ -13,8 +16,10 @@ import triton.language as tl
 from spark_fast.ops import tuning
 from spark_fast.ops.norm import configs
 from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
+from spark_fast.ops.triton_window import pixel_row, row_pixel
 
 FUSES_RESIDUAL = True
+WRITES_MAPS = True
 PROGRAMS = 1024  # that sum over rows: enough to fill any GPU; a fixed number, so that sums do not depend on the GPU
 MOST_PARTS = 512
 LEAST_TILES = 4  # of a part
@@ -27,7 +32,7 @@ def unsupported(features) -> str | None:
 
 
 def batch_norm_forward(
-    features, weight, bias, running_mean, running_var, training, momentum, eps, activation, residual=None
+    features, weight, bias, running_mean, running_var, training, momentum, eps, activation, residual=None, maps=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """activation(norm(features) + residual), and the mean and the reciprocal deviation (C,) in float32."""
     features, weight, bias, residual = packed(features, weight, bias, residual)
@@ -36,36 +41,39 @@ def batch_norm_forward(
     else:
         mean = running_mean.to(torch.float32, copy=True).contiguous()
         rstd = torch.rsqrt(running_var.to(torch.float32) + eps).contiguous()
-    rows, channels = features.shape
+    channels = features.shape[1]
+    filled, side = _filled(maps)
 
     def run(config):
-        out = torch.empty_like(features)
+        out = _result(features, maps)
+        places = out.numel() // max(channels, 1)
         tile = _batch_tile(config, channels)
         launch(
-            batch_apply, (_tiles(rows, channels, tile),), features, residual, mean, rstd, weight, bias, out, rows,
-            CHANNELS=channels, ACTIVATION=activation, **tile,
+            batch_apply, (_tiles(places, channels, tile),), features, residual, mean, rstd, weight, bias, out, places,
+            *filled, CHANNELS=channels, ACTIVATION=activation, SIDE=side, **tile,
         )  # fmt: skip
         return out
 
-    case = (features.dtype, channels, activation, residual is not None)
-    return _tuned("norm.batch_apply", case, features, configs.BATCH, run), mean, rstd
+    case = (features.dtype, channels, activation, residual is not None, *_sides(maps))
+    return _as_maps(_tuned("norm.batch_apply", case, features, configs.BATCH, run)), mean, rstd
 
 
 def batch_norm_backward(
-    grad, features, weight, bias, mean, rstd, training, activation, residual=None
+    grad, features, weight, bias, mean, rstd, training, activation, residual=None, maps=None
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of features, weight and bias, and of the residual if there is one.
 
     The activation's mask is computed again. Without an activation the residual's gradient is `grad`, and none is given.
     """
-    grad, features, weight, bias, residual = packed(grad, features, weight, bias, residual)
+    grad, features, weight, bias, residual = packed(_as_rows(grad), features, weight, bias, residual)
     rows, channels = features.shape
+    places, side = _places(maps)
 
     def sums_in(config):
         tile = _batch_tile(config, channels)
-        return _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, False, tile)
+        return _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, False, maps, tile)
 
-    case = (features.dtype, grad.dtype, channels, activation, residual is not None)
+    case = (features.dtype, grad.dtype, channels, activation, residual is not None, *_sides(maps))
     sums = _tuned("norm.batch_sums", case, features, configs.BATCH, sums_in)
 
     def run(config):
@@ -74,7 +82,8 @@ def batch_norm_backward(
         tile = _batch_tile(config, channels)
         launch(
             batch_grad, (_tiles(rows, channels, tile),), grad, features, residual, mean, rstd, weight, bias, sums, out,
-            grad_residual, rows, CHANNELS=channels, ACTIVATION=activation, TRAINING=training, **tile,
+            grad_residual, rows, *places, CHANNELS=channels, ACTIVATION=activation, TRAINING=training, SIDE=side,
+            **tile,
         )  # fmt: skip
         return out, grad_residual
 
@@ -83,28 +92,34 @@ def batch_norm_backward(
     return grads if residual is None else (*grads, grad_residual)
 
 
-def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_forward(features, weight, bias, eps, maps=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of each row, and the mean and the reciprocal deviation (N,) in float32."""
     features, weight, bias = packed(features, weight, bias)
     rows, channels = features.shape
-    mean, rstd = features.new_empty(2, rows, dtype=torch.float32)
+    mean, rstd = (features.new_empty(rows, dtype=torch.float32) for _ in "12")
+    filled, side = _filled(maps)
 
     def run(config):
-        out = torch.empty_like(features)
+        out = _result(features, maps)
+        places = out.numel() // max(channels, 1)
         tile = _layer_tile(config, channels)
         launch(
-            layer_apply, (triton.cdiv(rows, tile["BLOCK_R"]) if channels else 0,), features, weight, bias, out, mean,
-            rstd, rows, eps, CHANNELS=channels, **tile,
+            layer_apply, (triton.cdiv(places, tile["BLOCK_R"]) if channels else 0,), features, weight, bias, out, mean,
+            rstd, places, eps, *filled, CHANNELS=channels, SIDE=side, **tile,
         )  # fmt: skip
         return out
 
-    return _tuned("norm.layer", (features.dtype, channels), features, configs.LAYER, run), mean, rstd
+    case = (features.dtype, channels, *_sides(maps))
+    return _as_maps(_tuned("norm.layer", case, features, configs.LAYER, run)), mean, rstd
 
 
-def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_backward(
+    grad, features, weight, bias, mean, rstd, maps=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of features, weight and bias."""
-    grad, features, weight = packed(grad, features, weight)
+    grad, features, weight = packed(_as_rows(grad), features, weight)
     rows, channels = features.shape
+    places, side = _places(maps)
     whole = channels <= MOST_CHANNELS
 
     def run(config):
@@ -114,18 +129,18 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
         parts = min(MOST_PARTS, triton.cdiv(tiles, LEAST_TILES)) if whole else tiles
         partial = features.new_empty(parts, 2, channels, dtype=torch.float32) if whole else None
         launch(
-            layer_grad, (parts,), grad, features, weight, mean, rstd, out, partial, rows, parts, CHANNELS=channels,
-            **tile,
+            layer_grad, (parts,), grad, features, weight, mean, rstd, out, partial, rows, parts, *places,
+            CHANNELS=channels, SIDE=side, **tile,
         )  # fmt: skip
         return out, partial.sum(0) if whole else None
 
-    case = (features.dtype, grad.dtype, channels)
+    case = (features.dtype, grad.dtype, channels, *_sides(maps))
     out, sums = _tuned("norm.layer_grad", case, features, configs.LAYER, run)
     if sums is None:
 
         def sums_in(config):
             tile = _batch_tile(config, channels)
-            return _column_sums(grad, features, None, mean, rstd, None, None, None, True, tile)
+            return _column_sums(grad, features, None, mean, rstd, None, None, None, True, maps, tile)
 
         sums = _tuned("norm.layer_sums", case, features, configs.BATCH, sums_in)
     return out, sums[1], sums[0]
@@ -133,6 +148,41 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
 
 def _tuned(kernel: str, case: tuple, features, choices, run):
     return tuning.run(kernel, case, features.shape[0], choices, choices[0], run, features.device)
+
+
+def _sides(maps) -> tuple[int, ...]:
+    """What of maps a measurement holds for."""
+    return () if maps is None else (maps[1],)
+
+
+def _result(features: torch.Tensor, maps) -> torch.Tensor:
+    """Memory for normalised rows (N, C) or, with `maps`, for channels-last pixels (B, H, W, C)."""
+    if maps is None:
+        return torch.empty_like(features)
+    patches, side, _ = maps
+    gh, gw = patches.grid
+    return features.new_empty(patches.batch, gh * side, gw * side, features.shape[1])
+
+
+def _filled(maps) -> tuple[tuple, int]:
+    """grid_to_patch, fill and grid_w of the kernels that normalise, and their SIDE."""
+    if maps is None:
+        return (None, None, None), 0
+    patches, side, fill = maps
+    return (patches.grid_to_patch, *packed(fill), patches.grid[1]), side
+
+
+def _places(maps) -> tuple[tuple, int]:
+    """coords, grid_h and grid_w of the kernels that read gradients, and their SIDE."""
+    return ((None, None, None), 0) if maps is None else ((maps[0].coords, *maps[0].grid), maps[1])
+
+
+def _as_maps(out: torch.Tensor) -> torch.Tensor:
+    return out.permute(0, 3, 1, 2) if out.dim() == 4 else out
+
+
+def _as_rows(grad: torch.Tensor) -> torch.Tensor:
+    return grad.permute(0, 2, 3, 1) if grad.dim() == 4 else grad
 
 
 def _batch_tile(config, channels: int) -> dict[str, int]:
@@ -170,7 +220,7 @@ def _batch_statistics(features, running_mean, running_var, momentum: float, eps:
         return partial, tile["BLOCK_R"]
 
     partial, block = _tuned("norm.batch_statistics", (features.dtype, channels), features, configs.BATCH, run)
-    mean, rstd = features.new_empty(2, channels, dtype=torch.float32)
+    mean, rstd = (features.new_empty(channels, dtype=torch.float32) for _ in "12")
     updated = packed(running_mean, running_var)
     launch(
         batch_statistics, (triton.cdiv(channels, 16),), partial, mean, rstd, *updated, rows, partial.shape[0], momentum,
@@ -184,14 +234,16 @@ def _batch_statistics(features, running_mean, running_var, momentum: float, eps:
     return mean, rstd
 
 
-def _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, per_row: bool, tile):
+def _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, per_row: bool, maps, tile):
     """(2, C) float32: sums over the rows of the gradient before the activation, and of it times the normal rows."""
     rows, channels = features.shape
     parts = _parts(rows, channels, tile)
     partial = features.new_empty(parts, 2, channels, dtype=torch.float32)
+    places, side = _places(maps)
     launch(
         part_sums, (parts * triton.cdiv(channels, tile["BLOCK_C"]),), grad, features, residual, mean, rstd, weight,
-        bias, partial, rows, parts, CHANNELS=channels, ACTIVATION=activation, PER_ROW=per_row, **tile,
+        bias, partial, rows, parts, *places, CHANNELS=channels, ACTIVATION=activation, PER_ROW=per_row, SIDE=side,
+        **tile,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -224,6 +276,33 @@ def _before_activation(grad, y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu6":
         grad = tl.where(y >= 6, 0.0, grad)
     return grad
+
+
+@triton.jit
+def _rows_at(place, places, grid_to_patch, grid_w, SIDE: tl.constexpr):
+    """The rows that belong at places of the result, and whether there are such. Place i is row i or, with
+    grid_to_patch, pixel i of channels-last maps."""
+    row, exists = place, place < places
+    if grid_to_patch is not None:
+        row = pixel_row(place, exists, grid_to_patch, grid_w, SIDE)
+        exists = row >= 0
+    return row, exists
+
+
+@triton.jit
+def _fill(to, fill, masked, column, inside):
+    """Writes `fill` (C,), or 0 for None, to the masked pixels."""
+    values = _vector(fill, column, inside, 0.0).to(to.dtype.element_ty)
+    tl.store(to, values, mask=masked[:, None] & inside[None, :])
+
+
+@triton.jit
+def _places_of(row, exists, coords, grid_h, grid_w, SIDE: tl.constexpr):
+    """Where the gradients of rows lie: row i at place i or, with coords, at its pixel of channels-last maps."""
+    place = row
+    if coords is not None:
+        place = row_pixel(row, exists, coords, grid_h, grid_w, SIDE)
+    return place
 
 
 @triton.jit
@@ -324,7 +403,7 @@ def batch_statistics(
         tl.store(running_var + column, new.to(running_var.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["places"])
 def batch_apply(
     features,
     residual,
@@ -333,29 +412,38 @@ def batch_apply(
     weight,
     bias,
     out,
-    rows,
+    places,
+    grid_to_patch,
+    fill,
+    grid_w,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = activation((features - mean) * rstd * weight + bias + residual); all rows (rows, C), vectors (C,).
+    """out = activation((features - mean) * rstd * weight + bias + residual); all rows (places, C), vectors (C,).
 
-    residual, weight and bias may be None. Grid: (tiles of rows * tiles of C,).
+    residual, weight and bias may be None. With grid_to_patch (B, grid rows, grid_w), `out` is the pixels of maps, and
+    `fill` or 0 where masked. Grid: (tiles of places * tiles of C,).
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = program // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    place = program // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     column = program % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < CHANNELS
-    exists = (row < rows)[:, None] & inside[None, :]
+    row, present = _rows_at(place, places, grid_to_patch, grid_w, SIDE)
+    exists = present[:, None] & inside[None, :]
     at = row[:, None] * CHANNELS + column[None, :]
     x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
     normal = (x - _vector(mean, column, inside, 0.0)) * _vector(rstd, column, inside, 1.0)
     y = normal * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
     if residual is not None:
         y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + at, _activated(y, ACTIVATION).to(out.dtype.element_ty), mask=exists)
+    to = out + (place[:, None] * CHANNELS + column[None, :])
+    tl.store(to, _activated(y, ACTIVATION).to(out.dtype.element_ty), mask=exists)
+    if grid_to_patch is not None:
+        _fill(to, fill, (place < places) & (row < 0), column, inside)
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -370,16 +458,20 @@ def part_sums(
     partial,
     rows,
     parts,
+    coords,
+    grid_h,
+    grid_w,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PER_ROW: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """partial (parts, 2, C): a part's sums of the gradient before the activation, and of it times the normal rows.
 
-    grad, features and residual (or None) (rows, C); mean and rstd (C,) or, PER_ROW, (rows,). Grid: (parts * tiles of
-    C,).
+    grad, features and residual (or None) (rows, C); mean and rstd (C,) or, PER_ROW, (rows,). With coords, grad is the
+    pixels of maps. Grid: (parts * tiles of C,).
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(0) // blocks_c
@@ -396,7 +488,8 @@ def part_sums(
         exists = (row < rows)[:, None] & inside[None, :]
         at = row[:, None] * CHANNELS + column[None, :]
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-        g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
+        place = _places_of(row, row < rows, coords, grid_h, grid_w, SIDE)
+        g = tl.load(grad + (place[:, None] * CHANNELS + column[None, :]), mask=exists, other=0.0).to(tl.float32)
         if PER_ROW:
             m = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
             r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -425,15 +518,19 @@ def batch_grad(
     out,
     grad_residual,
     rows,
+    coords,
+    grid_h,
+    grid_w,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TRAINING: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out (rows, C), the gradient of the features, from `sums` (2, C) of all rows; grad_residual (rows, C) or None.
 
-    Grid: (tiles of rows * tiles of C,).
+    With coords, grad is the pixels of maps. Grid: (tiles of rows * tiles of C,).
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -442,7 +539,8 @@ def batch_grad(
     inside = column < CHANNELS
     exists = (row < rows)[:, None] & inside[None, :]
     at = row[:, None] * CHANNELS + column[None, :]
-    g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
+    place = _places_of(row, row < rows, coords, grid_h, grid_w, SIDE)
+    g = tl.load(grad + (place[:, None] * CHANNELS + column[None, :]), mask=exists, other=0.0).to(tl.float32)
     r, w = _vector(rstd, column, inside, 1.0), _vector(weight, column, inside, 1.0)
     if TRAINING or ACTIVATION is not None:
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
@@ -461,7 +559,7 @@ def batch_grad(
     tl.store(out + at, (g * (r * w)).to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["places"])
 def layer_apply(
     features,
     weight,
@@ -469,18 +567,24 @@ def layer_apply(
     out,
     mean,
     rstd,
-    rows,
+    places,
     eps,
+    grid_to_patch,
+    fill,
+    grid_w,
     CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out = (features - mean) * rstd * weight + bias, mean and rstd (rows,) of each row; weight and bias may be None.
 
-    Grid: (tiles of rows,). The three passes are one read where BLOCK_C covers the channels.
+    With grid_to_patch (B, grid rows, grid_w), `out` is the pixels of maps, and `fill` or 0 where masked. Grid: (tiles
+    of places,). The three passes are one read where BLOCK_C covers the channels.
     """
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    present = (row < rows)[:, None]
+    place = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    row, present = _rows_at(place, places, grid_to_patch, grid_w, SIDE)
+    present = present[:, None]
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, CHANNELS, BLOCK_C):
         at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
@@ -496,7 +600,10 @@ def layer_apply(
         at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
         x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
         y = (x - m) * r * _vector(weight, column, inside, 1.0) + _vector(bias, column, inside, 0.0)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=exists)
+        to = out + (place[:, None] * CHANNELS + column[None, :])
+        tl.store(to, y.to(out.dtype.element_ty), mask=exists)
+        if grid_to_patch is not None:
+            _fill(to, fill, (place < places) & (row < 0), column, inside)
     tl.store(mean + row[:, None], m, mask=present)
     tl.store(rstd + row[:, None], r, mask=present)
 
@@ -520,14 +627,19 @@ def layer_grad(
     partial,
     rows,
     parts,
+    coords,
+    grid_h,
+    grid_w,
     CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out (rows, C), the gradient of the features.
 
     partial (parts, 2, C): a part's sums of the gradient, and of it times the normal rows; None if BLOCK_C does not
-    cover the channels. Grid: (parts,), each of which takes every parts-th tile of rows.
+    cover the channels. With coords, grad is the pixels of maps. Grid: (parts,), each of which takes every parts-th tile
+    of rows.
     """
     part = tl.program_id(0)
     lane = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -538,12 +650,14 @@ def layer_grad(
         m = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         present = (row < rows)[:, None]
+        place = _places_of(row, row < rows, coords, grid_h, grid_w, SIDE)
         row_sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         row_products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for start in range(0, CHANNELS, BLOCK_C):
             at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
+            g_at = grad + (place[:, None] * CHANNELS + column[None, :])
+            g = tl.load(g_at, mask=exists, other=0.0).to(tl.float32)
             normal = tl.where(exists, (x - m) * r, 0.0)
             if partial is not None:
                 sums += g
@@ -556,7 +670,8 @@ def layer_grad(
         for start in range(0, CHANNELS, BLOCK_C):
             at, exists, column, inside = _chunk(row, present, start, CHANNELS, BLOCK_C)
             x = tl.load(features + at, mask=exists, other=0.0).to(tl.float32)
-            g = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, column, inside, 1.0)
+            g_at = grad + (place[:, None] * CHANNELS + column[None, :])
+            g = tl.load(g_at, mask=exists, other=0.0).to(tl.float32) * _vector(weight, column, inside, 1.0)
             value = (g - mean_g - (x - m) * r * mean_product) * r
             tl.store(out + at, value.to(out.dtype.element_ty), mask=exists)
     if partial is not None:
