@@ -181,15 +181,17 @@ def _amin(input, dim=(), keepdim=False):
 
 
 def _extreme(func: Callable, sign: int) -> Callable:
+    op = name_of(func)  # not inside, where torch.compile would trace it
+
     def extreme(input, *args, **kwargs):
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, torch.Tensor | SparseMap):
             return (torch.maximum if sign > 0 else torch.minimum)(input, other)
         dim = args[0] if args else kwargs.get("dim")
         keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-        places, names = _dims(name_of(func), input, dim)
+        places, names = _dims(op, input, dim)
         if names:
-            raise SparseOpError(f"{name_of(func)}{where()}: indices only over channels; use amax or amin over space")
+            raise SparseOpError(f"{op}{where()}: indices only over channels; use amax or amin over space")
         at = 1 + [p for p, name in enumerate(input.dims) if name == "C"].index(places.pop())
         values, indices = func(input.features, at, keepdim=keepdim)
         dims = input.dims if keepdim else _without(input.dims, dim)
@@ -308,12 +310,13 @@ def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
 
 
 def _softmax(func: Callable) -> Callable:
+    op = name_of(func)
+
     def softmax(input, dim=None, _stacklevel=3, dtype=None):
-        _, names = _dims(name_of(func), input, dim)
+        _, names = _dims(op, input, dim)
         if names:
             raise SparseOpError(
-                f"{name_of(func)}{where()}: over one dimension of space; a softmax over the active pixels is that of "
-                "x.flatten(2)"
+                f"{op}{where()}: over one dimension of space; a softmax over the active pixels is that of x.flatten(2)"
             )
         at = 1 + [p for p, name in enumerate(input.dims) if name == "C"].index(dim % len(input.dims))
         return make(func(input.features, at, dtype=dtype), input, input.dims)

@@ -304,8 +304,10 @@ def _stack(tensors, dim=0, out=None):
 
 
 def _pieces(function: Callable) -> Callable:
+    name = name_of(function)  # not inside, where torch.compile would trace it
+
     def split(input, size, dim=0):
-        at = _channel(name_of(function), input, dim)
+        at = _channel(name, input, dim)
         return tuple(make(piece, input, input.dims) for piece in function(input.features, size, dim=at))
 
     return split
