@@ -233,10 +233,10 @@ def _coverage(command: CoverageCommand) -> int:
 
     if command.filter is not None and command.all:
         raise ValueError("give --filter or --all, not both")
-    rows, left_out = coverage.run(command.filter, command.all, int(command.max_parameters * 1e6), command.out)
-    text = coverage.table(rows, left_out)
+    results = coverage.run(command.filter, command.all, int(command.max_parameters * 1e6), command.out)
+    rows = results.networks
     if command.table is not None:
-        write_text(command.table, text)
+        write_text(command.table, coverage.table(results))
     failed = [row.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return FAILED if failed else 0

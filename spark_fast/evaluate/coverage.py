@@ -249,64 +249,63 @@ def _trains(row: Coverage, side: int) -> bool:
     return bool(loss.isfinite()) and changed and all(bool(p.isfinite().all()) for p in after)
 
 
-def run(
-    pattern: str | None = None, every: bool = False, most: int = 150_000_000, out: Path | None = None
-) -> tuple[list[Coverage], dict[str, str]]:
+@dataclass
+class Results:
+    """What a run found, with the versions it was found with, and why other networks were left out."""
+
+    versions: dict[str, str]
+    networks: list[Coverage]
+    left_out: dict[str, str]
+
+
+def run(pattern: str | None = None, every: bool = False, most: int = 150_000_000, out: Path | None = None) -> Results:
     """Checks architectures one after the other and prints a line for each.
 
     Args:
         pattern: shell pattern of names; None: the smallest of each family.
         every: with no pattern, all architectures.
         most: leaves out networks with more parameters.
-        out: JSON file, written after each network. What it holds already is not checked again if versions are the same.
-
-    Returns:
-        what was found, and why others were left out.
+        out: JSON file, written after each network. What it holds is not checked again if versions are the same.
 
     Raises:
         ValueError: `pattern` matches nothing, or `out` is no such file.
     """
-    found, left_out = selected(pattern, every)
-    left_out |= {c.name: f"{c.parameters / 1e6:.0f} M parameters, not run" for c in found if c.parameters > most}
-    known = {row.name: row for row in load(out)[0]} if out is not None and out.exists() else {}
-    rows = []
+    earlier = load(out) if out is not None and out.exists() else Results({}, [], {})
+    results = Results(_versions(), [], {})
+    known = {row.name: row for row in earlier.networks} if earlier.versions == results.versions else {}
+    found, results.left_out = selected(pattern, every)
     for candidate in found:
         if candidate.parameters > most:
+            results.left_out[candidate.name] = f"more than {most / 1e6:g} M parameters: not run"
             continue
         row = known.get(candidate.name) or check(candidate)
-        rows.append(row)
+        results.networks.append(row)
         print(_line(row), flush=True)
         if out is not None:
-            save(out, rows, left_out)
-    return rows, left_out
+            save(out, results)
+    return results
 
 
-def versions() -> dict[str, str]:
-    return {"spark_fast": spark_fast_version(), "torch": torch.__version__, "timm": timm.__version__}
+def _versions() -> dict[str, str]:
+    import spark_fast
+
+    return {"spark_fast": spark_fast.__version__, "torch": torch.__version__, "timm": timm.__version__}
 
 
-def spark_fast_version() -> str:
-    from spark_fast import __version__
-
-    return __version__
+def save(path: Path, results: Results) -> None:
+    write_text(path, json.dumps(asdict(results), indent=1) + "\n")
 
 
-def save(path: Path, rows: list[Coverage], left_out: dict[str, str]) -> None:
-    content = {"versions": versions(), "networks": [asdict(row) for row in rows], "left_out": left_out}
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def load(path: Path) -> tuple[list[Coverage], dict[str, str]]:
-    """What `save` wrote; nothing if it is of other versions.
+def load(path: Path) -> Results:
+    """What `save` wrote.
 
     Raises:
         ValueError: the file is something else.
     """
     try:
         content = json.loads(path.read_text())
-        if content["versions"] != versions():
-            return [], {}
-        return [Coverage(**row) for row in content["networks"]], content["left_out"]
+        networks = [Coverage(**row) for row in content["networks"]]
+        return Results(content["versions"], networks, content["left_out"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"out={path} is not a file that `spark-fast coverage` wrote: {error}") from error
 
@@ -323,15 +322,35 @@ def _line(row: Coverage) -> str:
     return f"{text}dense error {row.dense_error:.1e}{fallback}, {row.seconds:.1f} s"
 
 
-def table(rows: list[Coverage], left_out: dict[str, str]) -> str:
+INTRODUCTION = """# Networks that run sparsely
+
+Made by `spark-fast coverage`, which does four things with each network of timm:
+
+1. **Dense**: with no pixel masked, all feature maps and all parameters' gradients equal those of the unmodified dense
+   network, in float64, to {exact:g} (relative, Frobenius norms). Parameters and statistics are made generic first, so that
+   no branch is multiplied by an initial zero.
+2. **No leak**: masked pixels hold NaN; maps and gradients stay finite, the maps are to the bit the same with other values
+   there, and no gradient reaches a masked pixel.
+3. **Gradients**: every parameter that gets a gradient in the dense network gets one.
+4. **Step**: `SparK` trains for a step, and its loss and parameters are finite.
+
+A network is convolutional here if nothing mixes positions in it but convolutions, pooling, resizing and statistics over the
+whole image. Every exclusion is listed below.
+
+"""
+
+
+def table(results: Results) -> str:
     """Markdown: a line for each family, then what did not pass, then what was left out and why."""
+    rows, left_out = results.networks, results.left_out
     by_family: dict[str, list[Coverage]] = {}
     for row in rows:
         by_family.setdefault(row.family, []).append(row)
     passed = sum(all(row.passed for row in members) for members in by_family.values())
     counts = f"{sum(row.passed for row in rows)} of {len(rows)} networks, {passed} of {len(by_family)} families"
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines = [
-        f"{counts} pass all four checks.",
+        f"**{counts} pass all four checks** ({versions}).",
         "",
         "| family | networks | passed | largest error | on dense maps |",
         "|---|---|---|---|---|",
@@ -354,4 +373,4 @@ def table(rows: list[Coverage], left_out: dict[str, str]) -> str:
     if single:
         lines += ["", "Networks of other families:", ""]
         lines += [f"- {reason}: {', '.join(sorted(names))}" for reason, names in sorted(single.items())]
-    return "\n".join(lines) + "\n"
+    return INTRODUCTION.format(exact=EXACT) + "\n".join(lines) + "\n"

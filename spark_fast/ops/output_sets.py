@@ -33,8 +33,8 @@ def keeps_patches(patches: ActivePatches, side: int, window: Window, output: str
     (gh, gw), (height, width) = patches.grid, window.out_size(_size(patches, side), ceil_mode)
     if min(height, width) < 1:
         return True  # an error to come
-    if side > 1 or patches.origin is not None:
-        return patches.at((height, width)) is patches
+    if patches.origin is not None:
+        return (height, width) == patches.grid
     return height % gh == width % gw == 0 and height // gh == width // gw
 
 

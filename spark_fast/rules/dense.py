@@ -41,13 +41,18 @@ def noted_fallbacks() -> Iterator[list[Fallback]]:
 
 def on_dense(op: str, like: SparseTensor, compute: Callable[[], torch.Tensor]) -> SparseTensor:
     """`compute()`, a dense map (B, C, H, W), masked again as `like` is."""
+    if torch.compiler.is_compiling():
+        return _masked(compute(), like)
     warn_dense(op)
     started = time.perf_counter()
-    out = compute()
-    out = SparseTensor.from_dense(out, like.patches.at(tuple(out.shape[2:])))
+    out = _masked(compute(), like)
     for notes in _notes:
         notes.append(Fallback(op + where(), time.perf_counter() - started))
     return out
+
+
+def _masked(dense: torch.Tensor, like: SparseTensor) -> SparseTensor:
+    return SparseTensor.from_dense(dense, like.patches.at(tuple(dense.shape[2:])))
 
 
 def through_dense(func: Callable, args: tuple, kwargs: dict) -> SparseTensor:

@@ -218,7 +218,7 @@ def _var_mean(x: SparseMap, dim, keepdim: bool, correction: float) -> tuple:
         _no_partial("var")(None, None, None)
     mean = MEAN(x, dim, True, torch.promote_types(x.dtype, torch.float32))
     wide = make(at_least_float(x.features), x, x.dims)
-    squares = MEAN((wide - mean).square(), dim, True)
+    squares = MEAN(torch.square(wide - mean), dim, True)
     channels = torch.Size(n for p, n in enumerate(x.shape) if p in places and x.dims[p] == "C").numel()
     pixels = (Batch if "B" in names else Images)(x).count if names else 1
     count = channels * pixels  # a number, or (B,)

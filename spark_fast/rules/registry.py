@@ -38,6 +38,8 @@ def named(names: str, *spaces: object) -> list[Callable]:
 
 
 def name_of(func: Callable) -> str:
+    if torch.compiler.is_compiling():
+        return func.__name__
     if "<locals>" in getattr(func, "__qualname__", ""):  # F.adaptive_max_pool2d and its like are closures
         return next((name for name, value in vars(F).items() if value is func), func.__name__)
     return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))

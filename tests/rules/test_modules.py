@@ -185,7 +185,7 @@ class Stack(nn.Module):
     """(B, C, H, W) -> (B, 2, C, H, W), and the module after it weighs the two."""
 
     def forward(self, x):
-        return torch.stack((x, x * 2), dim=1)
+        return torch.stack([x, x * 2], dim=1)
 
 
 class Gate(nn.Module):
@@ -314,3 +314,20 @@ def test_what_is_masked_changes_nothing(name):
     if rows.requires_grad:
         (grad,) = torch.autograd.grad(rows.sum(), images, allow_unused=True)
         assert grad is None or (grad.isfinite().all() and not grad.masked_select(~mask).any())
+
+
+COMPILED = (
+    "GroupNorm", "SEModule", "GlobalContext", "NonLocalAttn", "SelectiveKernel", "SplitAttn", "CondConv2d",
+    "BlurPool2d", "channel shuffle", "CoordAttn", "statistics", "Upsample", "Conv2dSame",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_modules_are_one_graph(name):
+    module = built({**GLOBAL, **LOCAL}[name], False)
+    patches = sf.ActivePatches(sf.random_patch_mask(BATCH, GRID, 0.5))
+    x = sf.SparseTensor(torch.randn(patches.rows(SIDE), CHANNELS), patches, SIDE)
+    out, compiled = module(x), torch.compile(module, backend="eager", fullgraph=True)(x)
+    rows = (o if isinstance(o, torch.Tensor) else o.features for o in (compiled, out))
+    torch.testing.assert_close(*rows)
