@@ -327,15 +327,15 @@ INTRODUCTION = """# Networks that run sparsely
 Made by `spark-fast coverage`, which does four things with each network of timm:
 
 1. **Dense**: with no pixel masked, all feature maps and all parameters' gradients equal those of the unmodified dense
-   network, in float64, to {exact:g} (relative, Frobenius norms). Parameters and statistics are made generic first, so that
-   no branch is multiplied by an initial zero.
-2. **No leak**: masked pixels hold NaN; maps and gradients stay finite, the maps are to the bit the same with other values
-   there, and no gradient reaches a masked pixel.
+   network, in float64, to {exact:g} (relative, Frobenius norms). Parameters and statistics are made generic first, so
+   that no branch is multiplied by an initial zero.
+2. **No leak**: masked pixels hold NaN; maps and gradients stay finite, the maps are to the bit the same with other
+   values there, and no gradient reaches a masked pixel.
 3. **Gradients**: every parameter that gets a gradient in the dense network gets one.
 4. **Step**: `SparK` trains for a step, and its loss and parameters are finite.
 
-A network is convolutional here if nothing mixes positions in it but convolutions, pooling, resizing and statistics over the
-whole image. Every exclusion is listed below.
+A network is convolutional here if nothing mixes positions in it but convolutions, pooling, resizing and statistics over
+the whole image. Every exclusion is listed below.
 
 """
 

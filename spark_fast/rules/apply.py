@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from spark_fast.rules.dense import LOCAL, through_dense
 from spark_fast.rules.pointwise import POINTWISE, pointwise
 from spark_fast.rules.registry import RULES, refusal
@@ -22,4 +24,8 @@ def apply(func: Callable, args: tuple, kwargs: dict):
         return pointwise(func, args, kwargs)
     if func in LOCAL:
         return through_dense(func, args, kwargs)
+    if torch.compiler.is_compiling():  # which hands over other objects for some reflected operators
+        same = getattr(torch.Tensor, func.__name__, None)
+        if same in POINTWISE:
+            return pointwise(same, args, kwargs)
     raise refusal(func)
