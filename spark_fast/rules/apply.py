@@ -10,6 +10,9 @@ from spark_fast.rules.dense import LOCAL, through_dense
 from spark_fast.rules.pointwise import POINTWISE, pointwise
 from spark_fast.rules.registry import RULES, refusal
 
+# torch.compile hands over other objects than these, which are Python functions.
+REFLECTED = {name: getattr(torch.Tensor, name) for name in ("__rsub__", "__rdiv__", "__rtruediv__", "__rpow__")}
+
 
 def apply(func: Callable, args: tuple, kwargs: dict):
     """Runs `func` on arguments of which at least one is a SparseTensor or SparseView.
@@ -17,6 +20,8 @@ def apply(func: Callable, args: tuple, kwargs: dict):
     Raises:
         SparseOpError: there is no rule.
     """
+    if torch.compiler.is_compiling() and func.__name__ in REFLECTED:
+        return pointwise(REFLECTED[func.__name__], args, kwargs)
     handler = RULES.get(func)
     if handler is not None:
         return handler(*args, **kwargs)
@@ -24,8 +29,4 @@ def apply(func: Callable, args: tuple, kwargs: dict):
         return pointwise(func, args, kwargs)
     if func in LOCAL:
         return through_dense(func, args, kwargs)
-    if torch.compiler.is_compiling():  # which hands over other objects for some reflected operators
-        same = getattr(torch.Tensor, func.__name__, None)
-        if same in POINTWISE:
-            return pointwise(same, args, kwargs)
     raise refusal(func)
