@@ -167,9 +167,24 @@ LOCAL = {
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Conv2d(CHANNELS, 8, 3, padding=1)),
     "LocalResponseNorm": lambda: nn.LocalResponseNorm(3),
     "LPPool2d": lambda: nn.LPPool2d(2, 2),
+    "DropBlock2d": lambda: Seeded(tl.DropBlock2d(0.2, 3)),
+    "DropBlock2d with noise": lambda: Seeded(tl.DropBlock2d(0.2, 2, with_noise=True, couple_channels=False)),
+    "DropPath": lambda: Seeded(tl.DropPath(0.5)),
     "adaptive pooling": lambda: Gate(nn.AdaptiveAvgPool2d((1, 3))),
     "adaptive max pooling": lambda: Gate(nn.AdaptiveMaxPool2d(2)),
 }
+
+
+class Seeded(nn.Module):
+    """A random module that draws the same each time."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        torch.manual_seed(5)
+        return self.module(x)
 
 
 class Permute(nn.Module):
