@@ -262,8 +262,8 @@ def test_compiled_equals_plain():
 def test_networks_that_are_no_plain_convnets_are_named():
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not run on masked images"):
         sf.SparK("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="feature_info declares"):
-        sf.SparK("hrnet_w18_small")
+    with pytest.raises(ValueError, match="feature_layers: stem, layer9"):
+        sf.SparK("resnet18", feature_layers=["stem", "layer9"])
     with pytest.raises(ValueError, match=r"Near it: .*resnet18"):
         sf.SparK("ResNet_18")
 

@@ -17,7 +17,7 @@ from spark_fast.rules.registry import name_of, named, warn_dense, where
 from spark_fast.rules.views import plain
 from spark_fast.tensor import SparseMap, SparseTensor
 
-LOCAL = frozenset(named("lp_pool2d local_response_norm grid_sample upsample_bilinear"))
+LOCAL = frozenset(named("lp_pool2d local_response_norm upsample_bilinear"))
 _notes: list[list[Fallback]] = []
 
 
