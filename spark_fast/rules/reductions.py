@@ -362,15 +362,25 @@ def group_norm(x: SparseTensor, groups: int, weight, bias, eps: float) -> Sparse
     channels = x.features.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm: num_groups={groups} does not divide the {channels} channels")
-    rows = at_least_float(x.features)
-    images = Images(x)
+    rows, images = at_least_float(x.features), Images(x)
     grouped = rows.unflatten(1, (groups, channels // groups))
-    mean = images.mean(grouped.mean(2))  # (B, groups)
-    centred = grouped - per_image_rows(mean, x)[..., None]
-    var = images.mean(centred.square().mean(2))
-    out = (centred * per_image_rows(torch.rsqrt(var + eps), x)[..., None]).flatten(1)
-    out = out if weight is None else out * weight
-    out = out if bias is None else out + bias
+    if images.equal:
+        by_image = grouped.view(images.batch, images.equal, *grouped.shape[1:])
+        var, mean = torch.var_mean(by_image, (1, 3), correction=0)  # (B, groups)
+    else:
+        mean = images.mean(grouped.mean(2))
+        var = images.mean((grouped - per_image_rows(mean, x)[..., None]).square().mean(2))
+    # As a scale and a shift for each image and channel, (B, C).
+    scale = torch.rsqrt(var + eps).repeat_interleave(channels // groups, 1)
+    shift = -mean.repeat_interleave(channels // groups, 1) * scale
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    shift = shift if bias is None else shift + bias
+    if images.equal:
+        by_image = rows.view(images.batch, images.equal, channels)
+        out = torch.addcmul(shift[:, None], by_image, scale[:, None]).flatten(0, 1)
+    else:
+        out = torch.addcmul(per_image_rows(shift, x), rows, per_image_rows(scale, x))
     return x.with_features(out.to(x.dtype))
 
 
