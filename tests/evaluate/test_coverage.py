@@ -28,6 +28,7 @@ NETWORKS = {
     "gcresnext26ts": "global context",
     "skresnet18": "selective kernels",
     "resnest14d": "split attention",
+    "test_efficientnet_evos": "variances computed in float32",
     "convnextv2_atto": "global response norm",
     "ese_vovnet19b_slim_dw": "effective squeeze and excite",
     "cs3darknet_focus_s": "space to depth by slices",
@@ -48,7 +49,7 @@ def test_a_network_passes_all_four_checks(name):
     (candidate,), _ = candidates([name])
     row = check(candidate)
     assert row.error == ""
-    assert row.dense_error <= coverage.EXACT and row.leak_free and row.gradients and row.step and row.passed
+    assert row.dense_error <= row.limit and row.leak_free and row.gradients and row.step and row.passed
 
 
 def test_what_is_not_convolutional_is_left_out_with_a_reason():
