@@ -27,6 +27,14 @@ class _ToOutput:
         check_output(type(self).__name__, output)
         self.output = output
 
+    def _dilates(self, input: torch.Tensor | SparseTensor) -> bool:
+        if self.output != "mask" and isinstance(input, torch.fx.Proxy):
+            raise TypeError(
+                f"{type(self).__name__}: torch.fx would trace output={self.output!r} as the dense layer. Trace the dense "
+                "model, then call to_sparse on the trace"
+            )
+        return isinstance(input, SparseTensor) and self.output != "mask"
+
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.output == "mask" else f", output={self.output!r}")
 
@@ -38,15 +46,17 @@ class SparseConv2d(_ToOutput, nn.Conv2d):
         output: "mask": the active set does not grow (submanifold); "dilated": every pixel whose window holds an active
             one. A tensor that is not sparse does not ask. All other arguments are nn.Conv2d's.
 
+    A `padding_mode` other than "zeros" pads the dense, zero-filled map, with one warning.
+
     Raises:
-        ValueError: `padding_mode` is not "zeros" and the input is sparse: masked pixels have no values to reflect.
+        ValueError: `padding_mode` is not "zeros" and `output` is "dilated".
     """
 
     def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
-        if isinstance(input, SparseTensor) and self.padding_mode != "zeros":
-            raise ValueError(f"SparseConv2d: padding_mode must be 'zeros' on a SparseTensor; got {self.padding_mode!r}")
-        if not isinstance(input, SparseTensor) or self.output == "mask":
+        if not self._dilates(input):
             return super().forward(input)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"SparseConv2d: output='dilated' needs padding_mode='zeros'; got {self.padding_mode!r}")
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return functional.conv2d(input, self.weight, self.bias, *settings, self.output)
 
@@ -86,7 +96,7 @@ class SparseMaxPool2d(_ToOutput, nn.MaxPool2d):
     as in SparseConv2d."""
 
     def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
-        if not isinstance(input, SparseTensor) or self.output == "mask":
+        if not self._dilates(input):
             return super().forward(input)
         if self.return_indices:
             raise ValueError("SparseMaxPool2d: return_indices=True has no meaning on packed rows")
@@ -99,7 +109,7 @@ class SparseAvgPool2d(_ToOutput, nn.AvgPool2d):
     as in SparseConv2d."""
 
     def forward(self, input: torch.Tensor | SparseTensor) -> torch.Tensor | SparseTensor:
-        if not isinstance(input, SparseTensor) or self.output == "mask":
+        if not self._dilates(input):
             return super().forward(input)
         settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
         return functional.avg_pool2d(input, *settings, self.divisor_override, self.output)

@@ -13,7 +13,7 @@ from spark_fast.ops.conv import convolve
 from spark_fast.ops.conv.api import conv_window
 from spark_fast.ops.pool import avg_pool, max_pool, pool_window
 from spark_fast.rules.dense import on_dense
-from spark_fast.rules.registry import SparseOpError, name_of, rule, where
+from spark_fast.rules.registry import SparseOpError, check_differentiable, name_of, rule, where
 from spark_fast.rules.views import SparseView
 from spark_fast.tensor import SparseMap, SparseTensor
 
@@ -59,6 +59,7 @@ class PaddedMap:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        check_differentiable()
         handler = RULES.get(func)
         if handler is None:
             raise SparseOpError(

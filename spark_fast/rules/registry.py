@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from spark_fast.rules.custom import function_around, keys_of
+
 RULES: dict[Callable, Callable] = {}
 _warned: set[str] = set()
 
@@ -21,11 +23,20 @@ def rule(*functions: Callable) -> Callable:
     """Registers the decorated function as the sparse rule of `functions`; it receives their arguments.
 
     At least one of these arguments is a `SparseTensor`. It should return one (`x.with_features(rows)`), or a dense
-    tensor where space is reduced.
+    tensor where space is reduced. A later rule takes the place of an earlier one.
+
+    Args:
+        functions: what modules call: functions of PyTorch (torch.cumsum and torch.Tensor.cumsum are two), custom ops of
+            torch.library, subclasses of torch.autograd.Function, and functions of your own that dispatch, as
+            torch.overrides.wrap_torch_function makes them.
+
+    Raises:
+        TypeError: one of `functions` is none of these, so that its rule would never be asked for.
     """
+    keys = [key for function in functions for key in keys_of(function)]
 
     def register(handler: Callable) -> Callable:
-        RULES.update(dict.fromkeys(functions, handler))
+        RULES.update(dict.fromkeys(keys, handler))
         return handler
 
     return register
@@ -54,6 +65,23 @@ def where() -> str:
             return f" (called in {type(owner).__name__})"
         frame = frame.f_back
     return ""
+
+
+def check_differentiable() -> None:
+    """Raises if a custom torch.autograd.Function runs on a sparse map: it takes one for a constant."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a Function's forward runs without gradients
+        return
+    name = function_around()
+    if name is None:
+        return
+    if name == "CheckpointFunction":
+        way_out = "Call torch.utils.checkpoint with use_reentrant=False"
+    else:
+        way_out = f"Register a rule with @spark_fast.rule({name}) that calls {name}.apply on tensors"
+    raise SparseOpError(
+        f"{name}{where()} is a torch.autograd.Function, which takes a sparse map for a constant: its backward would never "
+        f"run. {way_out}"
+    )
 
 
 def refusal(func: Callable) -> SparseOpError:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from spark_fast.patches import ActivePatches
 from spark_fast.rules.pointwise import POINTWISE
-from spark_fast.rules.registry import SparseOpError, name_of, named, where
+from spark_fast.rules.registry import SparseOpError, check_differentiable, name_of, named, where
 from spark_fast.rules.views import make, order
 from spark_fast.tensor import SparseMap
 
@@ -73,6 +73,7 @@ class Tokens:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        check_differentiable()
         handler = RULES.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
