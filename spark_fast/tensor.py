@@ -48,7 +48,7 @@ class SparseMap:
         return self.features.is_contiguous()
 
     def is_floating_point(self) -> bool:
-        return True
+        return self.features.is_floating_point()
 
     def is_complex(self) -> bool:
         return False
@@ -57,6 +57,7 @@ class SparseMap:
     dtype = property(lambda self: self.features.dtype)
     device = property(lambda self: self.features.device)
     requires_grad = property(lambda self: self.features.requires_grad)
+    data = property(lambda self: self.with_features(self.features.data))
     is_cuda = property(lambda self: self.features.is_cuda)
     is_leaf = property(lambda self: self.features.is_leaf)
     is_quantized = False

@@ -82,6 +82,8 @@ def _pad(input, pad, mode="constant", value=None):
     pad = tuple(pad)
     if input.dims[-2:] != "HW" or len(pad) > 4 or len(pad) % 2:
         raise SparseOpError(f"pad{where()}: only height and width of (B, C, H, W); got {pad} for {input.dims}")
+    if not any(pad):
+        return input
     return PaddedMap(input, pad + (0,) * (4 - len(pad)), mode, value or 0.0)
 
 

@@ -18,13 +18,13 @@ _UNARY = (
     "negative exp exp_ expm1 log log1p log2 sqrt sqrt_ rsqrt rsqrt_ square square_ erf sin cos atan reciprocal sign "
     "pow pow_ float half double bfloat16 detach clone dropout dropout_ alpha_dropout rrelu rrelu_ nan_to_num round "
     "floor ceil zero_ fill_ zeros_like ones_like full_like rand_like randn_like empty_like isnan isfinite isinf "
-    "logical_not bernoulli normal_ bernoulli_ "
+    "logical_not bernoulli normal_ bernoulli_ erfc sinc exp2 sinh cosh tan asin acos atanh asinh acosh "
 )
 _BINARY = (
     "add add_ sub sub_ subtract mul mul_ multiply div div_ divide true_divide maximum minimum fmod remainder lerp "
-    "lerp_ addcmul addcmul_ addcdiv where masked_fill "
+    "lerp_ addcmul addcmul_ addcdiv where masked_fill masked_fill_ gt lt ge le logical_and logical_or atan2 hypot "
     "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
-    "__rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __abs__"
+    "__rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __abs__ __gt__ __lt__ __ge__ __le__"
 )
 POINTWISE = frozenset(named(f"{_UNARY} {_BINARY}"))
 
@@ -35,6 +35,7 @@ def pointwise(func: Callable, args: tuple, kwargs: dict) -> SparseMap:
         raise SparseOpError(
             f"{name_of(func)}{where()} would write a sparse result into a dense tensor; write x.to_dense() into it"
         )
+    kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}  # rows have one
     rows = [rows_of(a, like) for a in args]
     out = func(*rows, **{name: rows_of(a, like) for name, a in kwargs.items()})
     if isinstance(args[0], SparseMap) and out is args[0].features:

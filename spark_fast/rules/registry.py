@@ -53,7 +53,8 @@ def name_of(func: Callable) -> str:
         return func.__name__
     if "<locals>" in getattr(func, "__qualname__", ""):  # F.adaptive_max_pool2d and its like are closures
         return next((name for name, value in vars(F).items() if value is func), func.__name__)
-    return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+    return name.replace("_VariableFunctionsClass.", "torch.").replace("TensorBase.", "Tensor.")
 
 
 def where() -> str:

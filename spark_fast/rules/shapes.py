@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from spark_fast.rules.pointwise import common
+from spark_fast.rules.pointwise import common, rows_of
 from spark_fast.rules.registry import RULES, SparseOpError, name_of, named, rule, where
 from spark_fast.rules.tokens import Tokens
 from spark_fast.rules.views import make, plain
@@ -289,10 +289,23 @@ def _channel(op: str, x: SparseMap, dim: int) -> int:
 
 @rule(*named("cat concat concatenate", torch))
 def _cat(tensors, dim=0, out=None):
-    if not all(isinstance(t, SparseMap) for t in tensors):
-        raise SparseOpError(f"cat{where()}: sparse and dense tensors together; use SparseTensor.from_dense first")
     like = common(torch.cat, tuple(tensors))
-    return make(torch.cat([t.features for t in tensors], dim=_channel("cat", like, dim)), like, like.dims)
+    at, place = _channel("cat", like, dim), dim % len(like.dims)
+    rows = [_whole_rows(t, like, place) for t in tensors]
+    return make(torch.cat(rows, dim=at), like, like.dims)
+
+
+def _whole_rows(value: SparseMap | torch.Tensor, like: SparseMap, place: int) -> torch.Tensor:
+    """The rows of a map or of a dense tensor that has the shape of `like`, but for the dimension at `place`."""
+    if isinstance(value, SparseMap):
+        return value.features
+    sizes = [list(shape) for shape in (value.shape, like.shape)]
+    if len(sizes[0]) == len(sizes[1]):
+        sizes[0][place] = sizes[1][place]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"cat{where()}: shapes {tuple(value.shape)} and {tuple(like.shape)} along dimension {place}")
+    rows = rows_of(value, like)
+    return rows.expand(like.features.shape[0], *rows.shape[1:])
 
 
 @rule(torch.stack)
@@ -342,20 +355,31 @@ def _repeat_interleave(input, repeats, dim=None, output_size=None):
 
 @rule(torch.Tensor.__getitem__)
 def _getitem(input, index):
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i is Ellipsis for i in index):
-        place = next(n for n, i in enumerate(index) if i is Ellipsis)
-        missing = len(input.dims) + 1 - sum(i is not None for i in index)
-        index = index[:place] + (slice(None),) * missing + index[place + 1 :]
-    if len(index) > len(input.dims) or any(i is None for i in index):
-        raise SparseOpError(f"indexing{where()}: {index} of {tuple(input.shape)}; use unsqueeze for new dimensions")
-    index += (slice(None),) * (len(input.dims) - len(index))
+    index = _full_index(input, index)
     if isinstance(input, SparseTensor) and not input.channels_last:
         sampled = _sampled(input, index)
         if sampled is not None:
             return _getitem(sampled, (slice(None), index[1], slice(None), slice(None)))
+    channels, dims = _of_channels(input, index)
+    return make(input.features[(slice(None), *channels)], input, dims)
+
+
+def _full_index(x: SparseMap, index) -> tuple:
+    """An index for each dimension."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(i is Ellipsis for i in index):
+        place = next(n for n, i in enumerate(index) if i is Ellipsis)
+        missing = len(x.dims) + 1 - sum(i is not None for i in index)
+        index = index[:place] + (slice(None),) * missing + index[place + 1 :]
+    if len(index) > len(x.dims) or any(i is None for i in index):
+        raise SparseOpError(f"indexing{where()}: {index} of {tuple(x.shape)}; use unsqueeze for new dimensions")
+    return index + (slice(None),) * (len(x.dims) - len(index))
+
+
+def _of_channels(x: SparseMap, index: tuple) -> tuple[list, str]:
+    """The part of an index for the channels, and the dimensions that remain."""
     channels, dims = [], ""
-    for name, i in zip(input.dims, index, strict=True):
+    for name, i in zip(x.dims, index, strict=True):
         if name == "C":
             channels.append(i)
             dims += "" if isinstance(i, int) else "C"
@@ -366,7 +390,23 @@ def _getitem(input, index):
             )
         else:
             dims += name
-    return make(input.features[(slice(None), *channels)], input, dims)
+    return channels, dims
+
+
+@rule(torch.Tensor.__setitem__)
+def _setitem(input, index, value):
+    if isinstance(index, SparseMap):  # of conditions
+        common(torch.Tensor.__setitem__, (input, index))
+        if isinstance(value, SparseMap | torch.Tensor) and value.dim():
+            raise SparseOpError(f"x[condition] = value{where()}: one number only; use torch.where for others")
+        input.features[index.features] = value
+        return
+    channels, dims = _of_channels(input, _full_index(input, index))
+    place = (slice(None), *channels)
+    part = make(input.features[place], input, dims)
+    if isinstance(value, SparseMap):
+        common(torch.Tensor.__setitem__, (part, value))
+    input.features[place] = rows_of(value, part)
 
 
 def _sampled(x: SparseTensor, index: tuple) -> SparseTensor | None:
@@ -392,7 +432,9 @@ def _type_as(input, other):
 
 
 @rule(torch.Tensor.to)
-def _to(input, *args, **kwargs):
+def _to(input, *args, memory_format=None, **kwargs):  # rows have one memory format
+    if not args and not kwargs:
+        return input
     features = input.features.to(*args, **kwargs)
     if features.device != input.patches.device:
         raise SparseOpError("moving a SparseTensor to another device: move the images and the mask, and build it there")
