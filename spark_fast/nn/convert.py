@@ -59,7 +59,9 @@ def to_sparse(model: Model, filter: Filter | None = None) -> Model:
             raise TypeError(f"to_sparse: {name or 'the model'} ({type(module).__qualname__}) {reason}")
     _swap(chosen, SPARSE)
     kinds = (type_before_parametrizations(m) for m in chosen.values() if isinstance(m, tuple(SPARSE)))
-    foreign = Counter(k.__qualname__ for k in kinds if k.__module__.split(".")[0] not in ("torch", "timm", "spark_fast"))
+    foreign = Counter(
+        k.__qualname__ for k in kinds if k.__module__.split(".")[0] not in ("torch", "timm", "spark_fast")
+    )
     if foreign:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(foreign.items()))
         warnings.warn(

@@ -87,7 +87,12 @@ def _linear(input, weight, bias=None):
 @rule(*named("matmul __matmul__", torch, torch.Tensor))
 def _matmul(input, other):
     """The channels of a channels-last map times a matrix."""
-    if not isinstance(input, SparseMap) or input.dims[-1] != "C" or not isinstance(other, torch.Tensor) or other.dim() != 2:
+    if (
+        not isinstance(input, SparseMap)
+        or input.dims[-1] != "C"
+        or not isinstance(other, torch.Tensor)
+        or other.dim() != 2
+    ):
         raise SparseOpError(
             f"matmul{where()}: only the channels of a map, as its last dimension, times a dense matrix; a product over "
             "space has no sparse meaning, but over the active pixels of x.flatten(2)"
