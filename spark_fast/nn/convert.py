@@ -101,13 +101,13 @@ def _chosen(op: str, model: nn.Module, filter: Filter | None) -> dict[str, nn.Mo
 
 def _refusal(module: nn.Module) -> str | None:
     """Why a module cannot be part of a sparse model."""
-    kind = type(module)
-    if kind.__module__.startswith(("torch.ao.nn.", "torch.ao.quantization.")) and kind.__name__ not in FLOAT_MODULES:
-        if not kind.__module__.startswith("torch.ao.nn.intrinsic.modules"):  # fused, in floating point
-            return (
-                "is a quantised layer, an observer or a fake quantisation, none of which has a sparse meaning. Convert "
-                "and train the floating-point model, and quantise it after to_dense"
-            )
+    place, name = type(module).__module__, type(module).__name__
+    fused = place.startswith("torch.ao.nn.intrinsic.modules")  # in floating point
+    if place.startswith(("torch.ao.nn.", "torch.ao.quantization.")) and name not in FLOAT_MODULES and not fused:
+        return (
+            "is a quantised layer, an observer or a fake quantisation, none of which has a sparse meaning. Convert and "
+            "train the floating-point model, and quantise it after to_dense"
+        )
     if isinstance(module, LazyModuleMixin) and module.cls_to_become in SPARSE and module.has_uninitialized_params():
         return "has no shape yet: run the model on a dense batch first"
     if isinstance(module, torch.jit.ScriptModule):

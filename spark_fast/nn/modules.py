@@ -30,8 +30,8 @@ class _ToOutput:
     def _dilates(self, input: torch.Tensor | SparseTensor) -> bool:
         if self.output != "mask" and isinstance(input, torch.fx.Proxy):
             raise TypeError(
-                f"{type(self).__name__}: torch.fx would trace output={self.output!r} as the dense layer. Trace the dense "
-                "model, then call to_sparse on the trace"
+                f"{type(self).__name__}: torch.fx would trace output={self.output!r} as the dense layer. Trace the "
+                "dense model, then call to_sparse on the trace"
             )
         return isinstance(input, SparseTensor) and self.output != "mask"
 

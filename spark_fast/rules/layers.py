@@ -87,12 +87,8 @@ def _linear(input, weight, bias=None):
 @rule(*named("matmul __matmul__", torch, torch.Tensor))
 def _matmul(input, other):
     """The channels of a channels-last map times a matrix."""
-    if (
-        not isinstance(input, SparseMap)
-        or input.dims[-1] != "C"
-        or not isinstance(other, torch.Tensor)
-        or other.dim() != 2
-    ):
+    channels_last = isinstance(input, SparseMap) and input.dims[-1] == "C"
+    if not channels_last or not isinstance(other, torch.Tensor) or other.dim() != 2:
         raise SparseOpError(
             f"matmul{where()}: only the channels of a map, as its last dimension, times a dense matrix; a product over "
             "space has no sparse meaning, but over the active pixels of x.flatten(2)"

@@ -80,8 +80,8 @@ def check_differentiable() -> None:
     else:
         way_out = f"Register a rule with @spark_fast.rule({name}) that calls {name}.apply on tensors"
     raise SparseOpError(
-        f"{name}{where()} is a torch.autograd.Function, which takes a sparse map for a constant: its backward would never "
-        f"run. {way_out}"
+        f"{name}{where()} is a torch.autograd.Function, which takes a sparse map for a constant: its backward would "
+        f"never run. {way_out}"
     )
 
 

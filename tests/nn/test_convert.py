@@ -116,7 +116,7 @@ def test_bad_filters(swap):
     with pytest.raises(ValueError, match="filter chooses none of the 4 layers, '0' to '4'"):
         swap(net(), filter=lambda name, module: name.startswith("encodr"))
     assert swap(nn.ReLU(), filter=lambda name, module: False)  # no layer to choose
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module; got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got str"):
         swap("resnet18")
 
 
@@ -266,7 +266,7 @@ def test_a_trace_would_lose_the_output():
     model = sf.to_sparse(nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(2)))
     torch.fx.symbolic_trace(model)
     model[1].output = "dilated"
-    with pytest.raises(TypeError, match="SparseMaxPool2d: torch.fx would trace output='dilated' as the dense layer"):
+    with pytest.raises(TypeError, match=r"SparseMaxPool2d: torch\.fx would trace output='dilated' as the dense layer"):
         torch.fx.symbolic_trace(model)
 
 
