@@ -233,7 +233,7 @@ _OPERATORS = (
     "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__",
     "__truediv__", "__rtruediv__", "__itruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "__eq__", "__ne__",
     "__lt__", "__le__", "__gt__", "__ge__", "__getitem__", "__setitem__", "__matmul__", "__floordiv__", "__mod__",
-    "__bool__", "__float__", "__int__", "__iter__",
+    "__bool__", "__float__", "__int__", "__iter__", "__and__", "__or__", "__invert__",
 )  # fmt: skip
 for _name in _OPERATORS:
     setattr(SparseMap, _name, _operator(_name))

@@ -24,7 +24,7 @@ _BINARY = (
     "add add_ sub sub_ subtract mul mul_ multiply div div_ divide true_divide maximum minimum fmod remainder lerp "
     "lerp_ addcmul addcmul_ addcdiv where masked_fill masked_fill_ gt lt ge le logical_and logical_or atan2 hypot "
     "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
-    "__rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __abs__ __gt__ __lt__ __ge__ __le__"
+    "__rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __abs__ __gt__ __lt__ __ge__ __le__ __and__ __or__ __invert__"
 )
 POINTWISE = frozenset(named(f"{_UNARY} {_BINARY}"))
 
