@@ -42,7 +42,8 @@ def keys_of(function: Callable) -> list[Callable]:
         raise TypeError(f"rule: {name} is a module; give the function that its forward calls, such as F.unfold")
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"rule: {function!r} is not a function")
-    if inspect.isfunction(function) and not function.__module__.startswith("torch.") and not _dispatches(function):
+    foreign = inspect.isfunction(function) and (function.__module__ or "").split(".")[0] != "torch"
+    if foreign and not _dispatches(function):
         raise TypeError(
             f"rule: {name} is a Python function, which runs as it is: the functions that it calls ask for rules. "
             "Decorate it with torch.overrides.wrap_torch_function to make it ask for its own"
