@@ -135,7 +135,6 @@ REFUSED = {
     "spatial slice": lambda x: x[:, :, 1:],
     "first image": lambda x: x[0],
     "cat of images": lambda x: torch.cat((x, x)),
-    "cat with a dense column": lambda x: torch.cat((x, x.to_dense()[..., :1].squeeze(-1)), dim=1),
     "truth": lambda x: bool(x),
     "pool with indices": lambda x: F.max_pool2d(x, 2, return_indices=True),
     "convolution channels last": lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(1, 8, 1, 1)),

@@ -5,6 +5,7 @@ dense, zero-filled map and is masked again, which is the exact meaning (one warn
 raises SparseOpError.
 
     registry.py     the table, @rule, errors, the warning
+    custom.py       which functions besides PyTorch's can have a rule; torch.autograd.Function
     pointwise.py    functions of single pixels; how dense operands are broadcast to the rows
     layers.py       convolution, pooling, norms, linear, padding, interpolation: the ops
     reductions.py   over channels of a pixel, over the active pixels of an image
