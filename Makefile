@@ -14,8 +14,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
+# A process for each core, four at most; threads of theirs that wait leave the core to the others.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 BENCH := $(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds --benchmark-json
 
