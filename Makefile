@@ -14,8 +14,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
+# A process for each core, four at most, takes file by file. Their threads leave the core to others while they wait.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 BENCH := $(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds --benchmark-json
 

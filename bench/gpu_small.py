@@ -1,7 +1,7 @@
 """Every op by every backend of a device, forward and backward, on tiny odd shapes: `python -m bench.gpu_small`.
 
 Each case is compared with the float64 reference on the CPU and run twice, which must give the same bits. It is also
-what compute-sanitizer watches; `--quick` leaves the comparison out.
+what compute-sanitizer watches; `--quick` leaves the comparison out, `--dtype` all other types.
 """
 
 from __future__ import annotations
@@ -164,13 +164,14 @@ def run_case(case: Case, name: str, device: torch.device, dtype: torch.dtype, qu
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
     parser.add_argument("--quick", action="store_true", help="run each case once, compare nothing")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, lines = torch.device(chosen.device), []
     with exact_float32():
         for case in list(cases(sf.ActivePatches(active()))):
-            for dtype in DTYPES:
+            for dtype in [getattr(torch, chosen.dtype)] if chosen.dtype else DTYPES:
                 for name in candidates(case.op, device, dtype):
                     if name != "reference":
                         lines.append(verdict(case, name, device, dtype, chosen.quick))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,17 +68,14 @@ def exact_float32() -> Iterator[None]:
 
 
 def seconds(run: Run, device: torch.device) -> float:
-    """Median of a call. On a GPU: between events, the L2 cache cleared before each."""
+    """Median of calls, between events, the L2 cache cleared before each; on a CPU, where it means nothing, of one."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(run, warmup=10, rep=40, return_mode="median") / 1e3
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def capture(run: Run, device: torch.device) -> Run | None:

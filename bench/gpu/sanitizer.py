@@ -16,7 +16,8 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocati
 
 def run(section: Section) -> None:
     small = [sys.executable, "-m", "bench.gpu_small", "--device", section.device]
-    section.case("small cases", lambda: run_small(small, section.left))
+    tiny = ["--dtype", "bfloat16"] if section.tiny else []
+    section.case("small cases", lambda: run_small([*small, *tiny], section.left))
     for number, tool in enumerate(TOOLS):
         share = 1 / (len(TOOLS) - number)
         section.case(tool, lambda tool=tool, share=share: check(tool, small, section.left * share))

@@ -142,8 +142,8 @@ class PretrainConfig:
     """Threads of torch on the CPU. None: torch's own choice."""
 
     cuda_graph: bool = False
-    """Record forward, loss and backward of a step as a CUDA graph, so that small kernels need not wait for Python. The
-    numbers do not depend on it. Needs a CUDA GPU; not with amp_dtype float16."""
+    """Record a step, the optimiser's part included, as a CUDA graph, so that small kernels need not wait for Python.
+    The numbers depend on it by rounding only. Needs a CUDA GPU; not with amp_dtype float16."""
 
     checkpoint_every: int = 10
     """Epochs between checkpoints; one is written at the end and on Ctrl-C too."""

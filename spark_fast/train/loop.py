@@ -28,12 +28,13 @@ from spark_fast.train.checkpoint import (
     save_checkpoint,
 )
 from spark_fast.train.config import PretrainConfig
-from spark_fast.train.cuda_graph import RecordedGradients
+from spark_fast.train.cuda_graph import RecordedStep
 from spark_fast.train.data import Batch, list_images, load_pictures, make_loader, steps_per_epoch
 from spark_fast.train.progress import Progress
 from spark_fast.train.run_folder import RunFolder, check_new, check_same, stored_config
 from spark_fast.train.schedule import learning_rate, make_optimizer, mask_ratio, set_schedule, weight_decay
 from spark_fast.train.seeds import INIT, PICTURE, STEP, derive_seed, generator
+from spark_fast.train.tensor_step import TensorStep
 
 PICTURES = 8  # images in a grid of reconstructions
 
@@ -67,7 +68,7 @@ class State:
     finite: torch.Tensor
     step: int = 0
     steps: int = 0
-    recorded: RecordedGradients | None = None
+    recorded: RecordedStep | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
     def to_dict(self) -> dict[str, Any]:
@@ -240,24 +241,24 @@ def _step(config: PretrainConfig, state: State, images: torch.Tensor, step: int)
     """One optimiser step on images (B, C, H, W), with gradients averaged over micro-batches; the gradient norm."""
     if config.cuda_graph and state.recorded is None:
         changed = (state.loss_sum, state.finite)
-        state.recorded = RecordedGradients(lambda x: _gradients(config, state, x), state.model, changed, images)
+        update = TensorStep(state.optimizer)
+        state.recorded = RecordedStep(lambda x: _gradients(config, state, x), update, state.model, changed, images)
     torch.manual_seed(derive_seed(config.seed, STEP, step))  # masks and drop path
     if state.recorded is not None:
         norm = state.recorded(images)
     else:
         state.optimizer.zero_grad(set_to_none=True)
         norm = _gradients(config, state, images)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     state.steps += 1
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
     return norm
 
 
 def _gradients(config: PretrainConfig, state: State, images: torch.Tensor) -> torch.Tensor:
     """Adds the clipped gradients of a step to what the parameters have, and its loss to the sum; the gradient norm.
 
-    Nothing here waits for a GPU, so that it can be recorded. The optimiser's step cannot: learning rate, weight decay
-    and timm's bias corrections are numbers of the host that change with each step.
+    Nothing here waits for a GPU, so that it can be recorded.
     """
     dtype = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype]
     parts = config.grad_accum_steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import importlib.util
 import os
 import shlex
@@ -16,12 +18,17 @@ from spark_fast.patches import ActivePatches
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    path = tmp_path_factory.mktemp("shim") / f"_native_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+def shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if hasattr(request.config, "workerinput") else base  # one for all processes of pytest-xdist
+    path = folder / f"_native_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*sorted(CSRC.glob("*_cuda.cu")), CSRC / "bindings_cuda.cpp"]
     # Two blocks, so that small maps go several times round a kernel's grid-stride loop.
     more = shlex.split(os.environ.get("SPARK_SHIM_FLAGS", ""))  # see test_shim.py
-    library = build(path, *sources, flags=("-DSPARK_MAX_BLOCKS=2", *more))
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        flags = ("-DSPARK_MAX_BLOCKS=2", *more)
+        library = ctypes.CDLL(str(path)) if path.exists() else build(path, *sources, flags=flags)
     spec = importlib.util.spec_from_file_location("_native_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -103,7 +103,7 @@ def test_triton_on_any_mask(name, patches, on_triton):
         check(name, torch.float32, ActivePatches(patches.active.to(on_triton)), TRITON_SHAPES)
 
 
-@pytest.mark.parametrize("config", [*configs.GATHER, *configs.PRODUCT[:2]], ids=str)
+@pytest.mark.parametrize("config", [*configs.GATHER, *configs.PRODUCT, *configs.FLOAT32_PRODUCT], ids=str)
 def test_triton_in_every_configuration(config, some_patches, on_triton):
     patches = ActivePatches(some_patches.active.to(on_triton))
     shapes = {"several blocks": (config["BLOCK_C"] + 1, Window((2, 3), (2, 2), (0, 1)), 4)}

@@ -10,13 +10,15 @@ import torch
 from watching import no_waiting
 
 from spark_fast.train import PretrainConfig, loop, pretrain
-from spark_fast.train.cuda_graph import RecordedGradients
+from spark_fast.train.checkpoint import load_checkpoint, save_checkpoint
+from spark_fast.train.cuda_graph import RecordedStep
 from spark_fast.train.schedule import set_schedule
+from spark_fast.train.tensor_step import TensorStep
 
 
 class StandIn:
-    """torch.cuda as `RecordedGradients` uses it. A recording leaves no result; a replay computes, and writes the
-    gradients where they lay in the recording, over whatever they held."""
+    """torch.cuda as `RecordedStep` uses it. A recording leaves no result; a replay computes, without reading from the
+    host what it could not, and writes the gradients where they lay in the recording, over whatever they held."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         waits = SimpleNamespace(wait_stream=lambda other: None)
@@ -30,45 +32,74 @@ class StandIn:
         }
         for name, part in parts.items():
             monkeypatch.setattr(torch.cuda, name, part)
-        monkeypatch.setattr(loop, "RecordedGradients", self.make)
+        monkeypatch.setattr(loop, "RecordedStep", self.make)
         self.replays = 0
 
-    def make(self, compute, model, changed, images):
-        self.compute, self.model, self.changed = compute, model, [*model.buffers(), *changed]
-        self.made = RecordedGradients(compute, model, changed, images)
+    def make(self, gradients, update, model, changed, images):
+        self.model, self.update, self.changed = model, update, changed
+        self.made = RecordedStep(gradients, update, model, changed, images)
         return self.made
 
     @contextlib.contextmanager
     def record(self, graph, stream, capture_error_mode):
         assert all(p.grad is None for p in self.model.parameters())
-        before = [t.clone() for t in self.changed]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.changed, *self.update.changed]
+        before = [t.detach().clone() for t in tensors]
         with no_waiting():
             yield
         with torch.no_grad():
-            for tensor, value in zip(self.changed, before, strict=True):
+            for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         self.places = [p.grad for p in self.model.parameters()]
         for place in filter(lambda grad: grad is not None, self.places):
             place.fill_(torch.nan)
+        self.groups = [dict(group) for group in self.update.optimizer.param_groups]
 
     def replay(self):
         self.replays += 1
         assert all(p.grad is place for p, place in zip(self.model.parameters(), self.places, strict=True))
         self.model.zero_grad(set_to_none=True)
-        self.made.result.copy_(self.compute(self.made.images))
+        current = [dict(group) for group in self.update.optimizer.param_groups]
+        for group, recorded in zip(self.update.optimizer.param_groups, self.groups, strict=True):
+            group.update(recorded)  # a replay knows the numbers of the recording only
+        self.made.result.copy_(self.made.run())
+        for group, now in zip(self.update.optimizer.param_groups, current, strict=True):
+            group.update(now)
         for parameter, place in zip(self.model.parameters(), self.places, strict=True):
             if place is not None:
                 place.copy_(parameter.grad)
             parameter.grad = place
 
 
-def run_steps(config: PretrainConfig, device: str, steps: int) -> tuple[loop.State, list[torch.Tensor]]:
-    state, norms = loop._make_state(config, torch.device(device), fresh=True), []
-    for step in range(steps):
+def take_steps(state: loop.State, config: PretrainConfig, device: str, first: int, last: int) -> list[torch.Tensor]:
+    """Steps first..last-1 of a run; the gradients' norms."""
+    norms = []
+    for step in range(first, last):
         images = torch.randn(config.batch_size, 3, *config.size, generator=torch.Generator().manual_seed(step))
         set_schedule(state.optimizer, 1e-3 * (step + 1), 0.1 * step)
         norms.append(loop._step(config, state, images.to(device), step).clone())
-    return state, norms
+    return norms
+
+
+def run_steps(config: PretrainConfig, device: str, steps: int) -> tuple[loop.State, list[torch.Tensor]]:
+    state = loop._make_state(config, torch.device(device), fresh=True)
+    return state, take_steps(state, config, device, 0, steps)
+
+
+def run_steps_of_tensors(config: PretrainConfig, steps: int) -> tuple[loop.State, list[torch.Tensor]]:
+    """Without a recording, but with the update that a recording has."""
+    state = loop._make_state(config, torch.device("cpu"), fresh=True)
+    update = TensorStep(state.optimizer)
+
+    def step() -> None:
+        if not update.parts:
+            update.begin()
+        update.write_schedule()
+        update()
+        update.count()
+
+    state.optimizer.step = step
+    return state, take_steps(state, config, "cpu", 0, steps)
 
 
 CHANGES = {
@@ -79,9 +110,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_recorded_steps_are_the_plain_ones(settings, monkeypatch, change):
-    """Warm-up, seeds, gradients and statistics, bit for bit; and no step records anew."""
-    plain, norms = run_steps(PretrainConfig(**{**settings, **CHANGES[change]}), "cpu", 3)
+def test_recorded_steps_are_those_not_recorded(settings, monkeypatch, change):
+    """Warm-up, seeds, gradients, statistics, schedule and moments, bit for bit; and no step records anew."""
+    plain, norms = run_steps_of_tensors(PretrainConfig(**{**settings, **CHANGES[change]}), 3)
     stand_in = StandIn(monkeypatch)
     config = PretrainConfig(**{**settings, **CHANGES[change], "cuda_graph": True})
     recorded, recorded_norms = run_steps(config, "cpu", 3)
@@ -89,8 +120,34 @@ def test_recorded_steps_are_the_plain_ones(settings, monkeypatch, change):
     assert torch.equal(torch.stack(norms), torch.stack(recorded_norms)) and bool(norms[0] > 0)
     assert torch.equal(plain.loss_sum, recorded.loss_sum) and plain.steps == recorded.steps == 3
     assert bool(recorded.finite) and bool(plain.finite)
-    theirs = recorded.model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in plain.model.state_dict().items())
+    torch.testing.assert_close(recorded.to_dict(), plain.to_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adamw"])
+def test_a_checkpoint_goes_on_with_and_without(settings, tmp_path, monkeypatch, opt):
+    """In float64: plain steps, the same with a recording in the middle, and with one before and after."""
+    StandIn(monkeypatch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        results = []
+        for recordings in ((False, False, False), (False, True, False), (True, False, True)):
+            state = None
+            for part, recorded in enumerate(recordings):
+                config = PretrainConfig(**{**settings, "opt": opt, "cuda_graph": recorded})
+                path = tmp_path / "checkpoint.pth"
+                if state is not None:
+                    save_checkpoint(path, config, state.to_dict())
+                state = loop._make_state(config, torch.device("cpu"), fresh=state is None)
+                if part:
+                    state.load(load_checkpoint(path), path)
+                take_steps(state, config, "cpu", 2 * part, 2 * part + 2)
+            results.append(state.to_dict())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result in results[1:]:
+        torch.testing.assert_close(result["model"], results[0]["model"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result["optimizer"]["state"], results[0]["optimizer"]["state"], rtol=1e-9, atol=1e-9)
+        assert result["optimizer"]["param_groups"] == results[0]["optimizer"]["param_groups"]
 
 
 def test_images_of_another_shape_are_refused(settings, monkeypatch):

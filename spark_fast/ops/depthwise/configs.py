@@ -6,6 +6,8 @@ thread loads the weights that it multiplies by, and none are exchanged through s
 
 from __future__ import annotations
 
+import torch
+
 from spark_fast.ops.tuning import Config
 
 # Four channels for each thread: with eight, some windows spill registers.
@@ -19,3 +21,9 @@ PRODUCT: list[Config] = [
     {"BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 4},
 ]
+# With more runs of 16 channels some windows spill in float32.
+FLOAT32_PRODUCT: list[Config] = [PRODUCT[0], {"BLOCK_R": 16, "BLOCK_C": 16, "num_warps": 4}]
+
+
+def product_configs(dtype: torch.dtype) -> list[Config]:
+    return FLOAT32_PRODUCT if dtype == torch.float32 else PRODUCT

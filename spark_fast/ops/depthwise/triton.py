@@ -104,7 +104,7 @@ def grad_weight(grad, features, geometry: Geometry, weight) -> torch.Tensor:
         return total.t().reshape(weight.shape).to(weight.dtype)
 
     case = (features.dtype, channels, taps, *window)
-    choices = configs.PRODUCT
+    choices = configs.product_configs(features.dtype)
     return tuning.run("depthwise.product", case, rows, choices, _default(choices, channels), run, features.device)
 
 
