@@ -99,30 +99,46 @@ class Encoder(nn.Module):
 
     def _probe(self, in_chans: int, stages: int | None) -> None:
         """Finds strides and channels of the maps by running one patch, and chooses the maps to use."""
-        parameter = next(self.model.parameters(), torch.zeros(()))
-        active = torch.ones(1, 1, 1, dtype=torch.bool, device=parameter.device)
-        rows = parameter.new_zeros(PROBE_SIDE**2, in_chans)
-        was_training = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                maps = self(SparseTensor(rows, ActivePatches(active, per_image=1), PROBE_SIDE))
-        except (SparseOpError, BackendError, TypeError):
-            raise
-        except Exception as error:  # whatever a network that is no plain convnet runs into
-            raise ValueError(
-                f"model {self.name} does not run on masked images of in_chans={in_chans} channels, {PROBE_SIDE}x"
-                f"{PROBE_SIDE} pixels: is it a convolutional network that takes them? ({type(error).__name__}: {error})"
-            ) from error
-        finally:
-            for module, training in was_training:
-                module.training = training
+        maps = self._run(in_chans, PROBE_SIDE)
         self.channels_last = [m.channels_last for m in maps]
-        strides = _strides([m.shape[2] for m in maps], self.model, self.feature_layers)
+        strides = self._strides([m.shape[2] for m in maps], in_chans)
         self.used = _choose(self.name, strides, stages)
         self.strides = [strides[i] for i in self.used]
         self.channels = [maps[i].features.shape[1] for i in self.used]
         self.total_stride = self.strides[-1]
+
+    def _run(self, in_chans: int, side: int) -> list[SparseTensor]:
+        """The maps of one patch of zeros."""
+        parameter = next(self.model.parameters(), torch.zeros(()))
+        active = torch.ones(1, 1, 1, dtype=torch.bool, device=parameter.device)
+        rows = parameter.new_zeros(side**2, in_chans)
+        was_training = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self(SparseTensor(rows, ActivePatches(active, per_image=1), side))
+        except (SparseOpError, BackendError, TypeError):
+            raise
+        except Exception as error:  # whatever a network that is no plain convnet runs into
+            raise ValueError(
+                f"model {self.name} does not run on masked images of in_chans={in_chans} channels, {side}x{side} "
+                f"pixels: is it a convolutional network that takes them? ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            for module, training in was_training:
+                module.training = training
+
+    def _strides(self, sizes: list[int], in_chans: int) -> list[int]:
+        """The maps' strides from their sizes; where these do not divide the image's, as timm's feature_info declares
+        them, or else the powers of two that are nearest on a larger image."""
+        if all(PROBE_SIDE % size == 0 for size in sizes):
+            return [PROBE_SIDE // size for size in sizes]
+        declared = {info["module"]: info["reduction"] for info in _declared(self.model)}
+        names = self.feature_layers or []
+        if names and all(name in declared for name in names):
+            return [declared[name] for name in names]
+        large = 4 * PROBE_SIDE
+        return [1 << round(math.log2(large / m.shape[2])) for m in self._run(in_chans, large)]
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
         """The feature maps used, finest first, each of 1 / stride of the images' size.
@@ -224,17 +240,6 @@ def _as_list(maps) -> list:
             f"{type(maps).__name__}. Or give feature_layers, the names of the layers whose outputs are the maps"
         )
     return list(maps)
-
-
-def _strides(sizes: list[int], model: nn.Module, names: list[str] | None) -> list[int]:
-    """The maps' strides from their sizes; where these do not divide the image's, as timm's feature_info declares them,
-    or else the nearest powers of two."""
-    if all(PROBE_SIDE % size == 0 for size in sizes):
-        return [PROBE_SIDE // size for size in sizes]
-    declared = {info["module"]: info["reduction"] for info in _declared(model)}
-    if names and all(name in declared for name in names):
-        return [declared[name] for name in names]
-    return [1 << round(math.log2(PROBE_SIDE / size)) for size in sizes]
 
 
 def _maps_in(output) -> list:
