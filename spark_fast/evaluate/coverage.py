@@ -172,6 +172,9 @@ def _check(row: Coverage) -> None:
         row.limit = SINGLE
     # In training mode, where norms keep a deep network's values in range: without them rounding grows by its depth.
     encoder.double().train()
+    for module in encoder.modules():
+        if "Drop" in type(module).__name__:
+            module.eval()
     # The mask's unit is at least 32 pixels: below 96 some networks' maps are smaller than their kernels.
     side = encoder.total_stride * max(1, 32 // encoder.total_stride)
     images = torch.randn(BATCH, 3, GRID[0] * side, GRID[1] * side, dtype=torch.float64)
