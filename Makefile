@@ -16,7 +16,7 @@ demo: $(VENV)/.installed-demo
 
 # A process for each core, four at most, takes file by file. Their threads leave the core to others while they wait.
 test: $(VENV)/.installed-test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 BENCH := $(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds --benchmark-json
 

@@ -59,8 +59,8 @@ class Shim:
     module: ModuleType | ctypes.CDLL
     state: State
 
-    def same_in_every_order(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-        """Fails unless `run` gives the same bits, and no NaN, in every order of blocks and threads."""
+    def same_in_every_order(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What `run` gives. Fails unless it is the same bits, and no NaN, in every order of blocks and threads."""
         first = None
         for order in ORDERS:
             with self.order(order):
@@ -69,6 +69,7 @@ class Shim:
             bits = [t.flatten().view(torch.uint8) for t in out]
             first = first or bits
             assert all(map(torch.equal, bits, first)), f"other bits in order {order} of threads; is a barrier missing?"
+        return out
 
     @contextmanager
     def order(self, order: int) -> Iterator[None]:

@@ -135,8 +135,7 @@ def test_tensors_that_are_not_contiguous_or_not_aligned(device: str) -> None:
 def test_the_same_bits_whatever_the_order_of_threads(on_shim, shape: tuple[int, int, int]) -> None:
     active = torch.rand(7, 5, 5) < 0.85 if shape[0] == 2 else MASKS["equal"]()  # several tiles for each block
     case = Case(active, *shape, torch.bfloat16)
-    case.check(case.run())
-    on_shim.same_in_every_order(case.run)
+    case.check(on_shim.same_in_every_order(case.run))
 
 
 @pytest.mark.gpu
