@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton copies may run with; all are compiled and checked for spills by the tests."""
+"""Tile sizes that the Triton copies may run with; all are compiled for docs/triton_report.md and checked for spills."""
 
 from __future__ import annotations
 

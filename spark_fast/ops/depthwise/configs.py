@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton depthwise convolution may run with; all are compiled and checked for spills by the tests.
+"""Tile sizes that the Triton depthwise convolution may run with; all are compiled for docs/triton_report.md and checked for spills.
 
 BLOCK_R counts runs of pixels, or rows where there are no runs. BLOCK_C is less than the number of threads: then each
 thread loads the weights that it multiplies by, and none are exchanged through shared memory.

@@ -1,4 +1,4 @@
-"""How the Triton patch loss may run; all are compiled and checked for spills by the tests."""
+"""How the Triton patch loss may run; all are compiled for docs/triton_report.md and checked for spills."""
 
 from __future__ import annotations
 

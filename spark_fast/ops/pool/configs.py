@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton max pooling may run with; all are compiled and checked for spills by the tests.
+"""Tile sizes that the Triton max pooling may run with; all are compiled for docs/triton_report.md and checked for spills.
 
 BLOCK_R counts runs of pixels, or rows where there are no runs. A thread has four channels of a run: with eight some
 windows spill registers.
