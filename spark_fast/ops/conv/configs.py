@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton convolution may run with; all are compiled for docs/triton_report.md and checked for spills."""
+"""Tile sizes that the Triton convolution may run with: docs/triton_report.md compiles all and looks for spills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton max pooling may run with; all are compiled for docs/triton_report.md and checked for spills.
+"""Tile sizes that the Triton max pooling may run with: docs/triton_report.md compiles all and looks for spills.
 
 BLOCK_R counts runs of pixels, or rows where there are no runs. A thread has four channels of a run: with eight some
 windows spill registers.
