@@ -1,4 +1,4 @@
-"""Tile sizes that the Triton depthwise convolution may run with: docs/triton_report.md compiles all and looks for spills.
+"""Tile sizes that the Triton depthwise convolution may run with: docs/triton_report.md compiles all of them.
 
 BLOCK_R counts runs of pixels, or rows where there are no runs. BLOCK_C is less than the number of threads: then each
 thread loads the weights that it multiplies by, and none are exchanged through shared memory.
