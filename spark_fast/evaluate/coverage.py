@@ -141,6 +141,8 @@ def selected(pattern: str | None, every: bool) -> tuple[list[Candidate], dict[st
         names = fnmatch.filter(timm.list_models(), pattern)
         if not names:
             raise ValueError(f"filter={pattern!r} matches no architecture of timm; timm.list_models() lists them")
+    if pattern is None:
+        print(f"Looking through {len(names)} architectures, for about two minutes.", flush=True)
     found, left_out = candidates(names)
     if pattern is None and not every:
         smallest: dict[str, Candidate] = {}
