@@ -233,6 +233,9 @@ def _coverage(command: CoverageCommand) -> int:
 
     if command.filter is not None and command.all:
         raise ValueError("give --filter or --all, not both")
+    for name, path in (("out", command.out), ("table", command.table)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name}={path} lies in a folder that does not exist: {path.parent}")
     results = coverage.run(command.filter, command.all, int(command.max_parameters * 1e6), command.out)
     rows = results.networks
     if command.table is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import threading
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
         model: a timm model name, or a module. A timm model's maps are those that its `feature_info` declares. Another
             module's maps are the outputs of `feature_layers`, or else what its forward returns (a list, tuple or dict).
         in_chans: image channels C.
+        img_size: height and width of the images to come; a network that takes no other size is tried with it.
         stages: how many maps to use, counted from the coarsest; default: all those of stride 4 and more.
         feature_layers: names of submodules whose outputs are the maps, finest first.
         drop_path_rate: stochastic depth of a timm model made by name.
@@ -81,6 +83,7 @@ class Encoder(nn.Module):
         feature_layers: list[str] | None = None,
         drop_path_rate: float = 0.0,
         model_kwargs: dict | None = None,
+        img_size: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.name = model if isinstance(model, str) else type(model).__name__
@@ -95,13 +98,22 @@ class Encoder(nn.Module):
         self.maps = _Maps(len(self.feature_layers or ()))
         self.taps = [_Tap(name, self.maps) for name in self.feature_layers or ()]
         self.used: list[int] | None = None  # indices of the maps used; None while probing: all
-        self._probe(in_chans, stages)
+        self._probe(in_chans, stages, img_size)
 
-    def _probe(self, in_chans: int, stages: int | None) -> None:
+    def _probe(self, in_chans: int, stages: int | None, img_size: tuple[int, int] | None) -> None:
         """Finds strides and channels of the maps by running one patch, and chooses the maps to use."""
-        maps = self._run(in_chans, PROBE_SIDE)
+        side = PROBE_SIDE
+        try:
+            maps = self._run(in_chans, side)
+        except ValueError:
+            if img_size is None or img_size[0] != img_size[1]:
+                raise
+            side = img_size[0]
+            maps = self._run(in_chans, side)
         self.channels_last = [m.channels_last for m in maps]
-        strides = self._strides([m.shape[2] for m in maps], in_chans)
+        sizes = [m.shape[2] for m in maps]
+        self.exact = all(side % size == 0 for size in sizes)
+        strides = [side // size for size in sizes] if self.exact else self._nearest_strides(in_chans)
         self.used = _choose(self.name, strides, stages)
         self.strides = [strides[i] for i in self.used]
         self.channels = [maps[i].features.shape[1] for i in self.used]
@@ -128,17 +140,24 @@ class Encoder(nn.Module):
             for module, training in was_training:
                 module.training = training
 
-    def _strides(self, sizes: list[int], in_chans: int) -> list[int]:
-        """The maps' strides from their sizes; where these do not divide the image's, as timm's feature_info declares
-        them, or else the powers of two that are nearest on a larger image."""
-        if all(PROBE_SIDE % size == 0 for size in sizes):
-            return [PROBE_SIDE // size for size in sizes]
+    def _nearest_strides(self, in_chans: int) -> list[int]:
+        """Where the maps' sizes do not divide the image's: the strides that timm's feature_info declares, or else the
+        powers of two that are nearest on a larger image."""
         declared = {info["module"]: info["reduction"] for info in _declared(self.model)}
         names = self.feature_layers or []
         if names and all(name in declared for name in names):
             return [declared[name] for name in names]
         large = 4 * PROBE_SIDE
-        return [1 << round(math.log2(large / m.shape[2])) for m in self._run(in_chans, large)]
+        found = [large / m.shape[2] for m in self._run(in_chans, large)]
+        strides = [1 << round(math.log2(stride)) for stride in found]
+        if any(not 0.8 < stride / nominal < 1.25 for stride, nominal in zip(found, strides, strict=True)):
+            exact = ", ".join(f"{stride:.3g}" for stride in found)
+            warnings.warn(
+                f"{self.name}: its maps have strides of about {exact}; they are resized to strides {strides}, the "
+                "powers of two that the decoder needs",
+                stacklevel=4,
+            )
+        return strides
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
         """The feature maps used, finest first, each of 1 / stride of the images' size.
@@ -170,6 +189,12 @@ class Encoder(nn.Module):
         height, width = x.shape[2:]
         maps = [maps[i].permute(0, 3, 1, 2) if self.channels_last[i] else maps[i] for i in self.used]
         sizes = [(height // stride, width // stride) for stride in self.strides]
+        if self.exact and any(tuple(value.shape[2:]) != size for value, size in zip(maps, sizes, strict=True)):
+            found = ", ".join("x".join(map(str, value.shape[2:])) for value in maps)
+            raise ValueError(
+                f"{self.name}: its maps have {found} pixels for images of {height}x{width}, which strides "
+                f"{self.strides} do not give: does it resize to a fixed size, or need another image size?"
+            )
         return [_resized(value, x, size) for value, size in zip(maps, sizes, strict=True)]
 
     def _tapped(self, x: SparseTensor | torch.Tensor) -> list:
@@ -221,6 +246,8 @@ def _feature_layers(model: nn.Module, names: list[str] | None) -> list[str] | No
         ]
         if not names:
             return None
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"feature_layers must be names of submodules; got {list(names)!r}")
     known = dict(model.named_modules())
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -268,7 +295,9 @@ def _is_no_power(ratio: float) -> bool:
 def _choose(name: str, strides: list[int], stages: int | None) -> list[int]:
     """Indices of the maps to use: the last of each stride, from stride 4 on, then the `stages` coarsest."""
     if strides != sorted(strides) or any(_is_no_power(strides[-1] / s) for s in strides):
-        raise ValueError(f"{name}: each map must have the size of the last times a power of two; got strides {strides}")
+        raise ValueError(
+            f"{name}: each map must have the size of the last times a power of two, finest first; got strides {strides}"
+        )
     last = {stride: i for i, stride in enumerate(strides)}
     usable = [i for stride, i in last.items() if stride >= min(4, strides[-1])]
     if stages is None:

@@ -181,8 +181,11 @@ def register_mask(name: str) -> Callable[[MaskKind], MaskKind]:
     not waited for.
 
     Raises:
+        TypeError: `name` is no string.
         ValueError: the name is taken.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'register_mask needs a name: write @register_mask("name"); got {name!r}')
     if name in _KINDS:
         raise ValueError(f"name={name!r} is taken by {_KINDS[name]}")
 

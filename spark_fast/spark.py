@@ -63,7 +63,7 @@ class SparK(nn.Module):
         self.in_chans = in_chans
         self.mask = find_mask(mask)
         self.encoder = Encoder(
-            model, in_chans, stages, feature_layers, drop_path_rate, model_kwargs
+            model, in_chans, stages, feature_layers, drop_path_rate, model_kwargs, self.img_size
         )  # fmt: skip
         stride = self.encoder.total_stride
         self.patch_size = stride if patch_size is None else patch_size

@@ -260,8 +260,10 @@ def test_compiled_equals_plain():
 
 
 def test_networks_that_are_no_plain_convnets_are_named():
-    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not run on masked images"):
+    with pytest.raises(sf.SparseOpError, match="called in VisionTransformer"):
         sf.SparK("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not run on masked images"):
+        sf.Encoder("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="feature_layers: stem, layer9"):
         sf.SparK("resnet18", feature_layers=["stem", "layer9"])
     with pytest.raises(ValueError, match=r"Near it: .*resnet18"):
@@ -352,3 +354,51 @@ def test_threads_that_share_an_encoder_do_not_mix_their_maps():
         together = list(pool.map(run, images))
     for maps, expected in zip(together, alone, strict=True):
         assert all(torch.equal(m.features, e.features) for m, e in zip(maps, expected, strict=True))
+
+
+class Own(nn.Module):
+    """A network of two maps, after `before` and with `between` after the first."""
+
+    def __init__(self, before=None, between=None, stem=4):
+        super().__init__()
+        self.before, self.between = before or nn.Identity(), between or nn.Identity()
+        self.a, self.b = nn.Conv2d(3, 8, stem, stem), nn.Conv2d(8, 8, 2, 2)
+
+    def forward(self, x):
+        a = self.between(self.a(self.before(x)))
+        return [a, self.b(a)]
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(1, 8, 16, 16))
+
+    def forward(self, x):
+        return x + self.values
+
+
+@pytest.mark.filterwarnings("ignore:.*no pixel is skipped")
+def test_a_network_that_resizes_its_images_is_refused():
+    model = sf.SparK(Own(nn.Upsample((64, 64), mode="bilinear")), img_size=64, decoder_width=32)
+    with pytest.raises(ValueError, match=r"its maps have 16x16, 8x8 pixels for images of 64x64"):
+        model(torch.randn(2, 3, 64, 64))
+
+
+def test_a_network_of_a_fixed_size_is_tried_at_the_size_of_the_images():
+    model = sf.SparK(Own(between=Positions()), img_size=64, decoder_width=32)
+    assert model.encoder.strides == [4, 8] and model(torch.randn(2, 3, 64, 64)).isfinite()
+
+
+def test_strides_that_are_no_powers_of_two_are_resized_with_a_warning():
+    with pytest.warns(UserWarning, match=r"strides of about 3\.01, 6\.02; they are resized to strides \[4, 8\]"):
+        model = sf.SparK(Own(stem=3), img_size=96, decoder_width=32)
+    assert model(torch.randn(2, 3, 96, 96)).isfinite()
+
+
+def test_valid_padding_is_resized_silently():
+    import torchvision
+
+    net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
+    layers = ["Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"]
+    assert sf.Encoder(net, feature_layers=layers).strides == [4, 8, 16, 32]

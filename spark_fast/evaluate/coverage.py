@@ -7,6 +7,7 @@ whole families of them by name (EXCLUDED), single ones by the modules that they 
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import math
@@ -140,10 +141,15 @@ def selected(pattern: str | None, every: bool) -> tuple[list[Candidate], dict[st
     if pattern is not None:
         names = fnmatch.filter(timm.list_models(), pattern)
         if not names:
-            raise ValueError(f"filter={pattern!r} matches no architecture of timm; timm.list_models() lists them")
+            near = difflib.get_close_matches(pattern, timm.list_models(), n=5)
+            hint = f" Near it: {', '.join(near)}." if near else " timm.list_models() lists them"
+            raise ValueError(f"filter={pattern!r} matches no architecture of timm.{hint}")
     if pattern is None:
         print(f"Looking through {len(names)} architectures, for about two minutes.", flush=True)
     found, left_out = candidates(names)
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+        raise ValueError(f"filter={pattern!r} matches only networks that are not convolutional ({reasons})")
     if pattern is None and not every:
         smallest: dict[str, Candidate] = {}
         for candidate in sorted(found, key=lambda c: c.parameters):
@@ -293,9 +299,11 @@ def run(pattern: str | None = None, every: bool = False, most: int = 150_000_000
             continue
         row = known.get(candidate.name) or check(candidate)
         results.networks.append(row)
-        print(_line(row), flush=True)
+        print(_line(row) + (f", from {out}" if candidate.name in known else ""), flush=True)
         if out is not None:
             save(out, results)
+    if not results.networks:
+        raise ValueError(f"max_parameters: all {len(found)} networks have more than {most / 1e6:g} M parameters")
     return results
 
 

@@ -58,7 +58,10 @@ def common(func: Callable, values: tuple) -> SparseMap:
     first = sparse[0]
     for other in sparse[1:]:
         if other.patches is not first.patches:
-            raise ValueError(f"{name_of(func)}: the sparse tensors have different ActivePatches; use one for all")
+            raise ValueError(
+                f"{name_of(func)}: the sparse tensors have different ActivePatches; use one "
+                "for all, and patches that are whole pixels in the coarsest map (patch_size)"
+            )
         if other.side != first.side or other.dims != first.dims:
             raise ValueError(f"{name_of(func)}: sparse tensors of shapes {tuple(first.shape)} and {tuple(other.shape)}")
     return first

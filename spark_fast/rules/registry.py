@@ -87,7 +87,7 @@ def check_differentiable() -> None:
 
 def refusal(func: Callable) -> SparseOpError:
     return SparseOpError(
-        f"{name_of(func)}{where()} has no sparse rule. On a masked map its meaning is not that of the dense operation. "
+        f"{name_of(func)}{where()} has no sparse rule. On a masked map it may not mean what the dense operation does. "
         "Register one with @spark_fast.rule(function), or convert with x.to_dense() where that is what you mean"
     )
 

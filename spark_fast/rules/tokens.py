@@ -64,6 +64,7 @@ class Tokens:
     device = property(lambda self: self.values.device)
     requires_grad = property(lambda self: self.values.requires_grad)
     is_cuda = property(lambda self: self.values.is_cuda)
+    is_nested = is_sparse = is_quantized = False
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return self.values.is_contiguous()

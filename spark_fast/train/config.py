@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from spark_fast.mask import find_mask, is_exact
 
 BASE_LR = 2e-4  # per 256 images in a batch
@@ -222,7 +224,9 @@ class PretrainConfig:
         """Return self; raise TypeError or ValueError naming the first setting that cannot be."""
         for name in ("data", "out"):
             _require(isinstance(getattr(self, name), Path), TypeError, name, getattr(self, name), "a path")
-        _require(isinstance(self.model, str), TypeError, "model", self.model, "the name of a timm model")
+        shown = type(self.model).__name__ if isinstance(self.model, nn.Module) else self.model
+        meant = "the name of a timm model; with a network of your own write the loop around spark_fast.SparK"
+        _require(isinstance(self.model, str), TypeError, "model", shown, meant)
         for name, least in _LEAST_INTEGER.items():
             _check_integer(name, getattr(self, name), least)
         for name, (low, high) in _RANGES.items():
