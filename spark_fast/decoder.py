@@ -38,7 +38,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         up, conv = self.up_sample, self.conv
-        if is_own(up, nn.ConvTranspose2d) and is_own(conv[0], DenseConv2d):
+        if is_own(up, nn.ConvTranspose2d) and is_own(conv[0], DenseConv2d) and conv[0].bias is None:
             x = up_conv2d(x, up.weight, up.bias, conv[0].weight)
         else:
             x = conv[0](up(x))
@@ -53,8 +53,6 @@ def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
     if own and kind is nn.ConvTranspose2d:
         settings = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
         own = settings == ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1)) and module.groups == 1 and module.bias is not None
-    if own and kind is DenseConv2d:
-        own = module.bias is None
     return own
 
 
@@ -121,6 +119,8 @@ class Decoder(nn.Module):
         for k, block in enumerate(self.dec, start=1):
             skip = maps[k] if k < min(len(maps), len(self.dec)) else None
             x = block(x) if skip is None else block(x, skip)
+        if not is_own(self.proj, nn.Conv2d):
+            return self.proj(x)
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)
         pixels = linear(rows, self.proj.weight.flatten(1), self.proj.bias)
         return pixels.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)

@@ -55,7 +55,7 @@ def _dense(x: SparseTensor, norm: nn.Module, proj: nn.Module, token: torch.Tenso
     """proj(norm(x) filled with token (C,)); with the norm in the pass of what follows if it is what `Densify` made."""
     plain = is_own(norm, SparseLayerNorm) or (is_own(norm, SparseBatchNorm2d) and norm.momentum is not None)
     plain = plain and norm.bias is not None and not x.channels_last
-    if isinstance(proj, DenseConv2d):
+    if is_own(proj, DenseConv2d):
         if not plain:
             x = norm(x)
             return project(x.features, token.to(x.dtype), x.patches, x.side, proj.weight, proj.bias)
@@ -66,7 +66,10 @@ def _dense(x: SparseTensor, norm: nn.Module, proj: nn.Module, token: torch.Tenso
     if plain and is_own(proj, nn.Identity):
         return _scattered(x, norm, token.to(x.dtype))
     x = norm(x)
-    return proj(x).to_dense(fill=proj(token.to(x.dtype)[None])[0])
+    token = token.to(x.dtype)
+    if is_own(proj, PixelProjection):
+        return proj(x).to_dense(fill=proj(token[None])[0])
+    return proj(x.to_dense(fill=token))
 
 
 def _rows(x: SparseTensor, norm: nn.Module, bias: torch.Tensor) -> torch.Tensor:

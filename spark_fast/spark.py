@@ -72,6 +72,10 @@ class SparK(nn.Module):
             self.mask.check(self.grid)
             mask_ratio = self.mask.mask_ratio
         self.set_mask_ratio(mask_ratio)
+        if stride > 1 and self.encoder.strides[0] == 1:
+            raise ValueError(
+                "stages, feature_layers: a map of stride 1 has no place in the decoder, which ends there; leave it out"
+            )
         # It doubles the size at each scale: for a stride that is no power of two to the nearest, then it is resized.
         self.decoder = Decoder(1 << round(math.log2(stride)), decoder_width, in_chans)
         # Scale k of the decoder has 1 / 2**k of the total stride; stages are listed from the coarsest.

@@ -466,3 +466,16 @@ def test_a_wrong_mask_function_is_named(result, word):
     spark = sf.SparK(**SMALLEST, mask=lambda *arguments: result)
     with pytest.raises((TypeError, ValueError), match=word):
         spark(torch.randn(2, 3, 96, 128))
+
+
+def test_a_map_of_stride_1_has_no_place_in_the_decoder():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 2, 2)
+
+        def forward(self, x):
+            return [self.a(x), self.b(self.a(x))]
+
+    with pytest.raises(ValueError, match="stride 1 has no place"):
+        sf.SparK(Net(), img_size=32, decoder_width=32, stages=2)

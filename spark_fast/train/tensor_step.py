@@ -93,7 +93,7 @@ class TensorStep:
     def _steps(self, group: dict[str, Any], parameter: Tensor) -> float:
         """How often the parameter was updated: timm's Lamb counts for each group, AdamW for each parameter."""
         if isinstance(self.optimizer, Lamb):
-            return float(group.setdefault("step", 0))
+            return float(group.setdefault("step", torch.tensor(0.0)))
         return float(self.optimizer.state[parameter].setdefault("step", torch.tensor(0.0)))
 
     def _moment(self, parameter: Tensor, name: str) -> Tensor:
@@ -112,7 +112,7 @@ class TensorStep:
         """Count a step in the optimiser's state."""
         if isinstance(self.optimizer, Lamb):
             for group in self.optimizer.param_groups:
-                group["step"] = group.get("step", 0) + 1
+                group["step"] = group.get("step", torch.tensor(0.0)) + 1
         else:
             torch._foreach_add_([self.optimizer.state[p]["step"] for part in self.parts for p in part.parameters], 1)
 
