@@ -1,5 +1,8 @@
 """Which of timm's networks run sparsely, and whether they do it right: four checks of each.
 
+What the values are under a mask is not compared here, for want of a network to compare with: the tests prove it rule by
+rule (tests/rules, tests/ops) and for whole networks against a dense simulation (tests/test_encoder.py).
+
 A network is convolutional here if nothing in it mixes positions but convolutions, pooling, resizing and statistics over
 the whole image. Those that attend over positions, scan them or mix them by matrices of a fixed length are left out:
 whole families of them by name (EXCLUDED), single ones by the modules that they hold (MIXERS).
@@ -355,6 +358,9 @@ Made by `spark-fast coverage`, which does four things with each network of timm:
    values there, and no gradient reaches a masked pixel.
 3. **Gradients**: every parameter that gets a gradient in the dense network gets one.
 4. **Step**: `SparK` trains for a step, and its loss and parameters are finite.
+
+What the values are under a mask is not compared here, for want of a network to compare with: the tests prove it rule by
+rule (tests/rules, tests/ops) and for whole networks against a dense simulation (tests/test_encoder.py).
 
 A network is convolutional here if nothing mixes positions in it but convolutions, pooling, resizing and statistics over
 the whole image. Every exclusion is listed below.
