@@ -10,7 +10,10 @@ from spark_fast.patches import ActivePatches
 def gather(images, patches: ActivePatches) -> torch.Tensor:
     gh, gw = patches.grid
     tiles = images.unflatten(2, (gh, -1)).unflatten(4, (gw, -1)).permute(0, 2, 4, 3, 5, 1)  # (B, gh, gw, side, side, C)
-    return tiles[patches.index].reshape(-1, images.shape[1]).contiguous()
+    rows, side = tiles[patches.index].contiguous(), images.shape[2] // gh
+    return rows.resize_(
+        patches.rows(side), images.shape[1]
+    )  # no view: autograd lets no view of one be changed in place
 
 
 def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
@@ -19,7 +22,7 @@ def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
     dense = (
         features.new_zeros(shape) if fill is None else fill.expand(shape).clone(memory_format=torch.contiguous_format)
     )
-    dense.transpose(2, 3)[patches.index] = features.view(-1, side, side, channels)
+    dense.transpose(2, 3)[patches.index] = features.view(patches.count, side, side, channels)
     return dense.view(patches.batch, gh * side, gw * side, channels).permute(0, 3, 1, 2)
 
 

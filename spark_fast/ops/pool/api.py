@@ -103,7 +103,7 @@ def pool_window(op: str, kernel_size, stride=None, padding=0, dilation=1) -> Win
         ValueError: an argument is wrong; the message names it.
     """
     kernel = pair(kernel_size, "kernel_size")
-    stride = kernel if stride is None or stride == [] else pair(stride, "stride")
+    stride = kernel if stride is None or stride in ([], ()) else pair(stride, "stride")
     window = Window(kernel, stride, padding_pair(padding), pair(dilation, "dilation"))
     if any(2 * p > k for p, k in zip(window.padding, kernel, strict=True)):
         raise ValueError(f"{op}: padding must be at most half of the kernel; got {window.padding} for {kernel}")
