@@ -80,10 +80,10 @@ class SparseMap:
     def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.features.new_tensor(*args, **kwargs)
 
-    __hash__ = object.__hash__  # by identity; == is an operation on values, which has no sparse rule
+    __hash__ = object.__hash__  # by identity; == is an operation on values
 
     def __len__(self) -> int:
-        return self.patches.batch
+        return self.shape[0]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -9,14 +9,16 @@ raises SparseOpError.
     pointwise.py    functions of single pixels; how dense operands are broadcast to the rows
     layers.py       convolution, pooling, norms, linear, padding, interpolation: the ops
     reductions.py   over channels of a pixel, over the active pixels of an image
-    shapes.py       permute, reshape, cat, split, index
+    norms.py        norms as numbers; group and instance norm
+    shapes.py       permute, reshape, cat, split
+    indexing.py     x[...] and x[...] = value
     views.py        SparseView: channels of several dimensions
     tokens.py       Tokens: the active pixels of each image as a sequence, for attention over space
     padded.py       PaddedMap: what F.pad gives, for the window op that follows
     dense.py        functions that run on the dense map
 """
 
-from spark_fast.rules import dense, layers, padded, pointwise, reductions, shapes, tokens, views  # noqa: F401
+from spark_fast.rules import dense, indexing, layers, norms, padded, pointwise, reductions, shapes, tokens, views  # noqa: F401
 from spark_fast.rules.apply import apply
 from spark_fast.rules.registry import RULES, SparseOpError, named, rule
 

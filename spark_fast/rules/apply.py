@@ -8,7 +8,7 @@ import torch
 
 from spark_fast.rules.dense import LOCAL, through_dense
 from spark_fast.rules.pointwise import POINTWISE, pointwise
-from spark_fast.rules.registry import RULES, check_differentiable, refusal
+from spark_fast.rules.registry import RULES, check_differentiable, refusal, usual_names
 
 # torch.compile hands over other objects than these, which are Python functions.
 REFLECTED = {name: getattr(torch.Tensor, name) for name in ("__rsub__", "__rdiv__", "__rtruediv__", "__rpow__")}
@@ -21,6 +21,7 @@ def apply(func: Callable, args: tuple, kwargs: dict):
         SparseOpError: there is no rule.
     """
     check_differentiable()
+    kwargs = usual_names(func, kwargs)
     if torch.compiler.is_compiling() and func.__name__ in REFLECTED:
         return pointwise(REFLECTED[func.__name__], args, kwargs)
     handler = RULES.get(func)

@@ -12,7 +12,7 @@ from spark_fast.ops.norm import batch_norm, layer_norm
 from spark_fast.rules.dense import through_dense
 from spark_fast.rules.padded import per_image_conv2d
 from spark_fast.rules.registry import SparseOpError, named, rule, where
-from spark_fast.rules.views import SparseView, make, plain
+from spark_fast.rules.views import SparseView, channel_place, make, place_of, plain
 from spark_fast.tensor import SparseMap
 
 
@@ -100,23 +100,28 @@ def _matmul(input, other):
 def _prelu(input, weight):
     if input.dims[1] != "C":
         raise SparseOpError(f"prelu{where()}: the second dimension of {input.dims} must be channels")
-    return input.with_features(F.prelu(input.features, weight))
+    at = channel_place(input, 1)
+    return input.with_features(F.prelu(input.features.movedim(at, 1), weight).movedim(1, at))
 
 
 @rule(F.glu, torch._C._nn.glu)
 def _glu(input, dim=-1):
-    if input.dims[dim] != "C":
+    place = place_of("glu", input, dim)
+    if input.dims[place] != "C":
         raise SparseOpError(f"glu{where()}: only over channels; got dim={dim} of {input.dims}")
-    at = 1 + sum(name in "CX" for name in input.dims[: dim % len(input.dims)])
-    return make(F.glu(input.features, at), input, input.dims)
+    return make(F.glu(input.features, channel_place(input, place)), input, input.dims)
 
 
 @rule(F.dropout2d)
 def _dropout2d(input, p=0.5, training=True, inplace=False):
     """Whole channels of an image."""
     x = plain("dropout2d", input)
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout2d: p must be between 0 and 1; got {p}")
     if not training:
         return x
+    if inplace:
+        return x.mul_(F.dropout(x.features.new_ones(x.patches.batch, x.features.shape[1], 1, 1), p))
     return x * F.dropout(x.features.new_ones(x.patches.batch, x.features.shape[1], 1, 1), p)
 
 
@@ -130,6 +135,8 @@ def _interpolate(input, size=None, scale_factor=None, mode="nearest", *args, **k
             sizes = (size, size) if isinstance(size, int) else tuple(size)
         else:
             factors = (scale_factor,) * 2 if isinstance(scale_factor, int | float) else tuple(scale_factor)
+            if any(f != int(f) for f in factors):  # it takes other pixels than the sizes alone would say
+                return through_dense(F.interpolate, (x, size, scale_factor, mode), {})
             sizes = tuple(int(s * f) for s, f in zip((height, width), factors, strict=True))
         up = sizes[0] // height
         if up >= 1 and sizes == (height * up, width * up):

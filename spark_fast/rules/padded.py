@@ -14,7 +14,7 @@ from spark_fast.ops.conv.api import conv_window
 from spark_fast.ops.pool import avg_pool, max_pool, pool_window
 from spark_fast.rules.dense import on_dense
 from spark_fast.rules.registry import SparseOpError, check_differentiable, name_of, rule, where
-from spark_fast.rules.views import SparseView
+from spark_fast.rules.views import SparseView, make
 from spark_fast.tensor import SparseMap, SparseTensor
 
 
@@ -50,7 +50,9 @@ class PaddedMap:
     requires_grad = property(lambda self: self.map.requires_grad)
 
     def to_dense(self) -> torch.Tensor:
-        return F.pad(self.map.to_dense(), self.pad, self.mode, self.value)
+        full = self.map.to_dense()
+        pad = self.pad[:2] if full.dim() == 3 and not any(self.pad[2:]) else self.pad
+        return F.pad(full, pad, self.mode, self.value)
 
     @property
     def border(self) -> float | None:
@@ -80,11 +82,25 @@ class PaddedMap:
 @rule(F.pad)
 def _pad(input, pad, mode="constant", value=None):
     pad = tuple(pad)
+    on_channels = _channel_pad(input, pad)
+    if on_channels is not None and mode == "constant":
+        return make(F.pad(input.features, on_channels, value=value or 0.0), input, input.dims)
     if input.dims[-2:] != "HW" or len(pad) > 4 or len(pad) % 2:
         raise SparseOpError(f"pad{where()}: only height and width of (B, C, H, W); got {pad} for {input.dims}")
     if not any(pad):
         return input
     return PaddedMap(input, pad + (0,) * (4 - len(pad)), mode, value or 0.0)
+
+
+def _channel_pad(x: SparseMap, pad: tuple[int, ...]) -> list[int] | None:
+    """`pad` for the rows if it pads channels only."""
+    pairs = list(zip(pad[::2], pad[1::2], strict=True)) if len(pad) % 2 == 0 else []
+    named = list(zip(x.dims[::-1], pairs, strict=False))  # from the last dimension on
+    if len(pairs) > len(x.dims) or not any(name == "C" and any(pair) for name, pair in named):
+        return None
+    if any(name != "C" and any(pair) for name, pair in named):
+        return None
+    return [n for name, pair in named if name in "CX" for n in pair]
 
 
 def _pad_again(input, pad, mode="constant", value=None):

@@ -11,35 +11,39 @@ from spark_fast.rules.registry import SparseOpError, name_of, named, where
 from spark_fast.rules.views import make
 from spark_fast.tensor import SparseMap
 
+# Each with its form in place, where there is one.
 _UNARY = (
-    "relu relu_ relu6 gelu silu mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardsigmoid "
-    "leaky_relu leaky_relu_ elu elu_ celu celu_ selu selu_ softplus softsign logsigmoid hardshrink softshrink "
-    "tanhshrink threshold threshold_ clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ clip abs abs_ neg neg_ "
-    "negative exp exp_ expm1 log log1p log2 sqrt sqrt_ rsqrt rsqrt_ square square_ erf sin cos atan reciprocal sign "
-    "pow pow_ float half double bfloat16 detach clone dropout dropout_ alpha_dropout rrelu rrelu_ nan_to_num round "
-    "floor ceil zero_ fill_ zeros_like ones_like full_like rand_like randn_like empty_like isnan isfinite isinf "
-    "logical_not bernoulli normal_ bernoulli_ erfc sinc exp2 sinh cosh tan asin acos atanh asinh acosh "
+    "relu relu6 gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu softplus softsign "
+    "logsigmoid hardshrink softshrink tanhshrink threshold dropout alpha_dropout rrelu clamp clamp_min clamp_max clip "
+    "abs neg negative positive exp exp2 expm1 log log1p log2 log10 logit sqrt rsqrt square pow float_power reciprocal "
+    "sign sgn signbit sin cos tan asin acos atan sinh cosh asinh acosh atanh sinc erf erfc erfinv lgamma digamma "
+    "deg2rad rad2deg round floor ceil trunc frac nan_to_num isnan isfinite isinf logical_not float half double "
+    "bfloat16 detach clone fill zero_ zeros_like ones_like full_like rand_like randn_like empty_like bernoulli "
+    "normal_ "
 )
 _BINARY = (
-    "add add_ sub sub_ subtract mul mul_ multiply div div_ divide true_divide maximum minimum fmod remainder lerp "
-    "lerp_ addcmul addcmul_ addcdiv where masked_fill masked_fill_ gt lt ge le logical_and logical_or atan2 hypot "
-    "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
-    "__rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __abs__ __gt__ __lt__ __ge__ __le__ __and__ __or__ __invert__"
+    "add sub subtract rsub mul multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin "
+    "lerp addcmul addcdiv where masked_fill atan2 hypot copysign logaddexp logaddexp2 xlogy heaviside logical_and "
+    "logical_or logical_xor gt ge lt le eq ne greater greater_equal less less_equal not_equal "
+    "__gt__ __ge__ __lt__ __le__ __eq__ __ne__ __floordiv__ __mod__ "
+    "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
+    "__itruediv__ __pow__ __rpow__ __neg__ __abs__ __and__ __or__ __invert__"
 )
-POINTWISE = frozenset(named(f"{_UNARY} {_BINARY}"))
+POINTWISE = frozenset(named(" ".join(f"{name} {name}_" for name in f"{_UNARY} {_BINARY}".split())))
 
 
 def pointwise(func: Callable, args: tuple, kwargs: dict) -> SparseMap:
     like = common(func, args + tuple(kwargs.values()))
-    if "out" in kwargs or (_in_place(func) and not isinstance(args[0], SparseMap)):
+    first = args[0] if args else kwargs.get("input")
+    if "out" in kwargs or (_in_place(func) and not isinstance(first, SparseMap)):
         raise SparseOpError(
             f"{name_of(func)}{where()} would write a sparse result into a dense tensor; write x.to_dense() into it"
         )
     kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}  # rows have one
     rows = [rows_of(a, like) for a in args]
     out = func(*rows, **{name: rows_of(a, like) for name, a in kwargs.items()})
-    if isinstance(args[0], SparseMap) and out is args[0].features:
-        return args[0]  # in place
+    if isinstance(first, SparseMap) and out is first.features:
+        return first  # in place
     return make(out, like, like.dims)
 
 
@@ -74,9 +78,17 @@ def rows_of(value, like: SparseMap):
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     shape, dims = like.shape, like.dims
-    if value.dim() > len(dims) or "X" in dims:
-        raise ValueError(f"a tensor of shape {tuple(value.shape)} does not broadcast to {tuple(shape)}")
-    value = value.reshape((1,) * (len(dims) - value.dim()) + tuple(value.shape))
+    sizes = (1,) * (len(dims) - value.dim()) + tuple(value.shape)
+    fits = len(sizes) == len(dims) and all(n in (1, m) for n, m, d in zip(sizes, shape, dims, strict=True) if d != "C")
+    if not fits:
+        raise ValueError(
+            f"a tensor of shape {tuple(value.shape)} does not broadcast to {tuple(shape)}, of which only channels grow"
+        )
+    if "X" in dims:  # the batch apart from the channels that are joined with it
+        place, batch = dims.index("X"), like.patches.batch
+        apart = (batch, sizes[place] // max(batch, 1)) if sizes[place] == shape[place] else (1, 1)
+        sizes, dims = (*sizes[:place], *apart, *sizes[place + 1 :]), dims.replace("X", "BC")
+    value = value.reshape(sizes)
     channel_places = [place for place, name in enumerate(dims) if name == "C"]
     value = value.permute([dims.index(name) for name in "BHW"] + channel_places)
     batch, height, width, *channels = value.shape
@@ -87,11 +99,11 @@ def rows_of(value, like: SparseMap):
             return per_image_rows(value.reshape(batch, *channels), like)
     gh, gw = like.patches.grid
     full = value.expand(like.patches.batch, gh * like.side, gw * like.side, *channels)
-    full = full.reshape(*full.shape[:3], torch.Size(channels).numel()).permute(0, 3, 1, 2)
+    full = full.reshape(*full.shape[:3], torch.Size(channels).numel())
     if full.is_floating_point():
-        rows = gather_patches(full, like.patches)
-    else:  # a condition
-        rows = gather_patches(full.to(torch.float32), like.patches).to(full.dtype)
+        rows = gather_patches(full.permute(0, 3, 1, 2), like.patches)
+    else:  # a condition, or whole numbers
+        rows = full[like.patches.pixel_coords(like.side).long().unbind(1)]
     return rows.reshape(rows.shape[0], *channels)
 
 

@@ -7,13 +7,13 @@ softmax over space leaves masked pixels out. Reductions over the batch have no s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from spark_fast.rules.pointwise import per_image_rows
 from spark_fast.rules.registry import RULES, SparseOpError, name_of, named, rule, where
-from spark_fast.rules.views import make, plain, spread
+from spark_fast.rules.views import channel_place, make, order, place_of, plain, spread
 from spark_fast.tensor import SparseMap, SparseTensor
 
 
@@ -67,17 +67,22 @@ class Batch(Images):
 
 
 def at_least_float(rows: torch.Tensor) -> torch.Tensor:
+    if not rows.is_floating_point():
+        return rows
     return rows.to(torch.promote_types(rows.dtype, torch.float32))  # a sum may not fit the smaller type
 
 
-def _dims(op: str, x: SparseMap, dim: int | Sequence[int] | None) -> tuple[set[int], set[str]]:
+def dims_of(op: str, x: SparseMap, dim: int | Sequence[int] | None) -> tuple[set[int], set[str]]:
     """The dimensions to reduce: their places, and the names of those that are no channels."""
     if dim is None or (not isinstance(dim, int) and len(dim) == 0):
         raise SparseOpError(
             f"{op}{where()} over everything mixes images of different masks; reduce x.features, or over channels or "
             "space"
         )
-    places = {d % len(x.dims) for d in ((dim,) if isinstance(dim, int) else dim)}
+    given = [place_of(op, x, d) for d in ((dim,) if isinstance(dim, int) else dim)]
+    places = set(given)
+    if len(places) < len(given):
+        raise ValueError(f"{op}{where()}: dim={dim} names a dimension twice")
     names = {x.dims[p] for p in places} - {"C"}
     if "X" in names or ("B" in names and names != {"B", "H", "W"}):
         raise SparseOpError(
@@ -86,7 +91,7 @@ def _dims(op: str, x: SparseMap, dim: int | Sequence[int] | None) -> tuple[set[i
     return places, names
 
 
-class _Reduction:
+class Reduction:
     """One reduction by its three forms; each takes rows or a map in at least float32.
 
     Args:
@@ -99,11 +104,15 @@ class _Reduction:
         self.name, self.over_channels, self.over_images, self.partial = name, over_channels, over_images, partial
 
     def __call__(self, x: SparseMap, dim, keepdim: bool, dtype: torch.dtype | None = None):
-        places, names = _dims(self.name, x, dim)
-        out_dtype = dtype or x.dtype
-        rows = at_least_float(x.features if dtype is None else x.features.to(dtype))
-        channel_places = [p for p, name in enumerate(x.dims) if name == "C"]
-        reduced = [1 + channel_places.index(p) for p in sorted(places) if x.dims[p] == "C"]  # of rows
+        places, names = dims_of(self.name, x, dim)
+        rows = x.features if dtype is None else x.features.to(dtype)
+        if not rows.is_floating_point():
+            if self is not SUM:
+                raise SparseOpError(f"{self.name}{where()} of {x.dtype}; use x.float()")
+            rows = rows.to(torch.int64)
+        out_dtype = rows.dtype
+        rows = at_least_float(rows)
+        reduced = [channel_place(x, p) for p in sorted(places) if x.dims[p] == "C"]  # of rows
         if not names:
             out = self.over_channels(rows, reduced).to(out_dtype)
             dims = x.dims
@@ -113,13 +122,27 @@ class _Reduction:
             return make(out, x, dims)
         if names >= {"H", "W"}:
             images = Images(x) if "B" not in names else Batch(x)
-            out = self.over_images(images, rows, reduced).to(out_dtype)  # (B or 1, *channels)
-            sizes = iter(out.shape[1:])
-            out = out.reshape([out.shape[0] if n == "B" else 1 if n in "HW" else next(sizes) for n in x.dims])
+            out = _as_map(self.over_images(images, rows, reduced).to(out_dtype), x.dims)
         else:
-            mask = spread(rows.new_ones(rows.shape[0], *[1] * (rows.dim() - 1)), x.patches, x.side, x.dims) > 0
+            mask = spread(rows.new_ones(rows.shape[0], *_joined_sizes(x)), x.patches, x.side, x.dims) > 0
             out = self.partial(spread(rows, x.patches, x.side, x.dims), mask, sorted(places)).to(out_dtype)
         return out if keepdim else out.squeeze(sorted(places))
+
+
+def _joined_sizes(x: SparseMap) -> list[int]:
+    """For each dimension of channels 1, or its size where it is one with the batch."""
+    names = [name for name in x.dims if name in "CX"]
+    return [n if name == "X" else 1 for name, n in zip(names, x.features.shape[1:], strict=True)]
+
+
+def _as_map(values: torch.Tensor, dims: str) -> torch.Tensor:
+    """Values (B, *channels) of images with `dims`, height and width 1."""
+    apart = dims.replace("X", "BC").replace("H", "").replace("W", "")
+    values = values.permute(order("B" + "C" * (values.dim() - 1), apart))
+    sizes, shape = iter(values.shape), []
+    for name in dims:
+        shape.append(1 if name in "HW" else next(sizes) * (next(sizes) if name == "X" else 1))
+    return values.reshape(shape)
 
 
 def _partial_mean(full, mask, dims):
@@ -148,11 +171,11 @@ def _sum_rows(images: Images, rows: torch.Tensor, reduced: list[int]) -> torch.T
     return images.sum(rows.sum(reduced, keepdim=True) if reduced else rows)
 
 
-MEAN = _Reduction("mean", lambda t, d: t.mean(d, keepdim=True), _mean_rows, _partial_mean)
-SUM = _Reduction(
+MEAN = Reduction("mean", lambda t, d: t.mean(d, keepdim=True), _mean_rows, _partial_mean)
+SUM = Reduction(
     "sum", lambda t, d: t.sum(d, keepdim=True), _sum_rows, lambda full, mask, dims: full.sum(dims, keepdim=True)
 )
-AMAX = _Reduction(
+AMAX = Reduction(
     "amax",
     lambda t, d: t.amax(d, keepdim=True),
     lambda images, rows, d: images.amax(rows.amax(d, keepdim=True) if d else rows),
@@ -161,13 +184,13 @@ AMAX = _Reduction(
 
 
 @rule(torch.mean, torch.Tensor.mean)
-def _mean(input, dim=None, keepdim=False, *, dtype=None, keepdims=False, axis=None):
-    return MEAN(input, axis if dim is None else dim, keepdim or keepdims, dtype)
+def _mean(input, dim=None, keepdim=False, *, dtype=None):
+    return MEAN(input, dim, keepdim, dtype)
 
 
 @rule(torch.sum, torch.Tensor.sum)
-def _sum(input, dim=None, keepdim=False, *, dtype=None, keepdims=False, axis=None):
-    return SUM(input, axis if dim is None else dim, keepdim or keepdims, dtype)
+def _sum(input, dim=None, keepdim=False, *, dtype=None):
+    return SUM(input, dim, keepdim, dtype)
 
 
 @rule(torch.amax, torch.Tensor.amax)
@@ -180,6 +203,13 @@ def _amin(input, dim=(), keepdim=False):
     return -AMAX(-input, dim, keepdim)
 
 
+class Extreme(NamedTuple):
+    """What max and min over a dimension give."""
+
+    values: SparseMap
+    indices: SparseMap
+
+
 def _extreme(func: Callable, sign: int) -> Callable:
     op = name_of(func)  # not inside, where torch.compile would trace it
 
@@ -189,20 +219,15 @@ def _extreme(func: Callable, sign: int) -> Callable:
             return (torch.maximum if sign > 0 else torch.minimum)(input, other)
         dim = args[0] if args else kwargs.get("dim")
         keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-        places, names = _dims(op, input, dim)
+        places, names = dims_of(op, input, dim)
         if names:
             raise SparseOpError(f"{op}{where()}: indices only over channels; use amax or amin over space")
-        at = 1 + [p for p, name in enumerate(input.dims) if name == "C"].index(places.pop())
-        values, indices = func(input.features, at, keepdim=keepdim)
-        dims = input.dims if keepdim else _without(input.dims, dim)
-        return make(values, input, dims), make(indices, input, dims)
+        (place,) = places
+        values, indices = func(input.features, channel_place(input, place), keepdim=keepdim)
+        dims = input.dims if keepdim else input.dims[:place] + input.dims[place + 1 :]
+        return Extreme(make(values, input, dims), make(indices, input, dims))
 
     return extreme
-
-
-def _without(dims: str, dim: int) -> str:
-    place = dim % len(dims)
-    return dims[:place] + dims[place + 1 :]
 
 
 for _function in named("max", torch, torch.Tensor):
@@ -211,9 +236,9 @@ for _function in named("min", torch, torch.Tensor):
     RULES[_function] = _extreme(_function, -1)
 
 
-def _var_mean(x: SparseMap, dim, keepdim: bool, correction: float) -> tuple:
-    """In two passes; the mean is that of the same pixels."""
-    places, names = _dims("var", x, dim)
+def var_mean(x: SparseMap, dim, keepdim: bool, correction: float) -> tuple:
+    """In two passes; the mean is that of the same pixels. Both are 0 for an image without any."""
+    places, names = dims_of("var", x, dim)
     if len(names) == 1:
         _no_partial("var")(None, None, None)
     mean = MEAN(x, dim, True, torch.promote_types(x.dtype, torch.float32))
@@ -223,11 +248,13 @@ def _var_mean(x: SparseMap, dim, keepdim: bool, correction: float) -> tuple:
     pixels = (Batch if "B" in names else Images)(x).count if names else 1
     count = channels * pixels  # a number, or (B,)
     if isinstance(count, torch.Tensor):
-        count = count.view(-1, *[1] * (squares.dim() - 1))
-        scale = count / (count - correction).clamp(min=0)
-    else:
-        scale = count / max(count - correction, 0) if count > correction else torch.nan
-    var = squares if correction == 0 else squares * scale
+        count = _as_map(count.view(-1, *[1] * len(_joined_sizes(x))).expand(-1, *_joined_sizes(x)), x.dims)
+        scale = torch.where(count > 0, count / (count - correction).clamp(min=0), 1).to(squares.dtype)
+    elif count == 0:
+        scale = 1
+    else:  # as PyTorch: no degrees of freedom give inf, or nan where all is the same
+        scale = count / (count - correction) if count > correction else torch.inf
+    var = squares * scale
     squeeze = sorted(places, reverse=True)
     out = []
     for value in (var.to(x.dtype), mean.to(x.dtype)):
@@ -252,74 +279,39 @@ def _var_dim(dim, unbiased):
 @rule(torch.var, torch.Tensor.var)
 def _var(input, dim=None, unbiased=None, keepdim=False, *, correction=None):
     dim, unbiased = _var_dim(dim, unbiased)
-    return _var_mean(input, dim, keepdim, _correction(unbiased, correction))[0]
+    return var_mean(input, dim, keepdim, _correction(unbiased, correction))[0]
 
 
 @rule(torch.std, torch.Tensor.std)
 def _std(input, dim=None, unbiased=None, keepdim=False, *, correction=None):
     dim, unbiased = _var_dim(dim, unbiased)
-    return _var_mean(input, dim, keepdim, _correction(unbiased, correction))[0].sqrt()
+    var = var_mean(input, dim, keepdim, _correction(unbiased, correction))[0]
+    return var.with_features(_root(var.features)) if isinstance(var, SparseMap) else _root(var)
+
+
+def _root(var: torch.Tensor) -> torch.Tensor:
+    """The root, with no slope at 0, as PyTorch's std has none."""
+    return torch.where(var == 0, var, torch.where(var == 0, 1, var).sqrt())
 
 
 @rule(torch.var_mean)
 def _var_and_mean(input, dim=None, unbiased=None, keepdim=False, *, correction=None):
     dim, unbiased = _var_dim(dim, unbiased)
-    return _var_mean(input, dim, keepdim, _correction(unbiased, correction))
-
-
-def _norm(x: SparseMap, p, dim, keepdim: bool, dtype=None):
-    if p in (None, "fro"):
-        p = 2
-    x = x if dtype is None else x.to(dtype)
-    if p == float("inf"):
-        return AMAX(x.abs(), dim, keepdim)
-    if not isinstance(p, int | float) or p <= 0:
-        raise SparseOpError(f"norm{where()}: only norms of positive order; got {p!r}")
-    _, names = _dims("norm", x, dim)
-    if not names:  # of a pixel: PyTorch's own, whose gradient at 0 is 0
-        return _Reduction("norm", lambda t, d: torch.linalg.vector_norm(t, p, d, keepdim=True), None, None)(
-            x, dim, keepdim
-        )
-    if names == {"H", "W"} and x.patches.per_image:
-        images = Images(x)
-        return _Reduction("norm", None, lambda _, rows, d: images_norm(images, rows, p, d), None)(x, dim, keepdim)
-    wide = make(at_least_float(x.features), x, x.dims)
-    total = SUM(wide.square() if p == 2 else wide.abs() ** p, dim, keepdim)
-    safe = torch.where(total > 0, total, 1)  # the root's slope at 0 is infinite
-    return torch.where(total > 0, safe ** (1 / p), 0).to(x.dtype)
-
-
-def images_norm(images: Images, rows: torch.Tensor, p: float, reduced: list[int]) -> torch.Tensor:
-    by_image = rows.view(images.batch, images.equal, *rows.shape[1:])
-    return torch.linalg.vector_norm(by_image, p, [1, *(d + 1 for d in reduced)], keepdim=True).squeeze(1)
-
-
-@rule(torch.norm, torch.Tensor.norm)
-def _torch_norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
-    return _norm(input, p, dim, keepdim, dtype)
-
-
-@rule(torch.linalg.vector_norm, torch.linalg.norm)
-def _vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    return _norm(x, ord, dim, keepdim, dtype)
-
-
-@rule(F.normalize)
-def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
-    return input / _norm(input, p, dim, True).clamp(min=eps)
+    return var_mean(input, dim, keepdim, _correction(unbiased, correction))
 
 
 def _softmax(func: Callable) -> Callable:
     op = name_of(func)
 
     def softmax(input, dim=None, _stacklevel=3, dtype=None):
-        _, names = _dims(op, input, dim)
+        if isinstance(_stacklevel, torch.dtype):  # the third argument of torch.softmax
+            dtype = _stacklevel
+        places, names = dims_of(op, input, dim)
         if names:
             raise SparseOpError(
                 f"{op}{where()}: over one dimension of space; a softmax over the active pixels is that of x.flatten(2)"
             )
-        at = 1 + [p for p, name in enumerate(input.dims) if name == "C"].index(dim % len(input.dims))
-        return make(func(input.features, at, dtype=dtype), input, input.dims)
+        return make(func(input.features, channel_place(input, *places), dtype=dtype), input, input.dims)
 
     return softmax
 
@@ -342,7 +334,7 @@ def _adaptive_max_pool2d(input, output_size, return_indices=False):
     return _adaptive("adaptive_max_pool2d", plain("adaptive_max_pool2d", input), output_size, AMAX)
 
 
-def _adaptive(op: str, x: SparseTensor, output_size, reduction: _Reduction) -> torch.Tensor:
+def _adaptive(op: str, x: SparseTensor, output_size, reduction: Reduction) -> torch.Tensor:
     """Dense (B, C, h, w): in each bin the reduction of its active pixels, 0 where it has none."""
     sizes = (output_size,) * 2 if isinstance(output_size, int) else tuple(output_size)
     sizes = tuple(s if o is None else o for o, s in zip(sizes, x.shape[2:], strict=True))
@@ -355,52 +347,3 @@ def _adaptive(op: str, x: SparseTensor, output_size, reduction: _Reduction) -> t
         return torch.where(share > 0, F.adaptive_avg_pool2d(full, sizes) / torch.where(share > 0, share, 1), 0)
     lowest = F.adaptive_max_pool2d(full.masked_fill(mask == 0, -torch.inf), sizes)
     return torch.where(F.adaptive_max_pool2d(mask, sizes) > 0, lowest, 0)
-
-
-def group_norm(x: SparseTensor, groups: int, weight, bias, eps: float) -> SparseTensor:
-    """Group norm of each image's active pixels (METHOD: spatial reductions go over active pixels)."""
-    channels = x.features.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm: num_groups={groups} does not divide the {channels} channels")
-    rows, images = at_least_float(x.features), Images(x)
-    grouped = rows.unflatten(1, (groups, channels // groups))
-    if images.equal:
-        by_image = grouped.view(images.batch, images.equal, *grouped.shape[1:])
-        var, mean = torch.var_mean(by_image, (1, 3), correction=0)  # (B, groups)
-    else:
-        mean = images.mean(grouped.mean(2))
-        var = images.mean((grouped - per_image_rows(mean, x)[..., None]).square().mean(2))
-    # As a scale and a shift for each image and channel, (B, C).
-    scale = torch.rsqrt(var + eps).repeat_interleave(channels // groups, 1)
-    shift = -mean.repeat_interleave(channels // groups, 1) * scale
-    if weight is not None:
-        scale, shift = scale * weight, shift * weight
-    shift = shift if bias is None else shift + bias
-    if images.equal:
-        by_image = rows.view(images.batch, images.equal, channels)
-        out = torch.addcmul(shift[:, None], by_image, scale[:, None]).flatten(0, 1)
-    else:
-        out = torch.addcmul(per_image_rows(shift, x), rows, per_image_rows(scale, x))
-    return x.with_features(out.to(x.dtype))
-
-
-@rule(F.group_norm, torch.group_norm)
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-    return group_norm(plain("group_norm", input), num_groups, weight, bias, eps)
-
-
-@rule(F.instance_norm)
-def _instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-):
-    x = plain("instance_norm", input)
-    if not use_input_stats:
-        from spark_fast.ops.norm import batch_norm
-
-        return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, False, momentum, eps))
-    if running_mean is not None:
-        with torch.no_grad():
-            var, mean = _var_mean(x, (2, 3), False, 1)  # (B, C); unbiased, as PyTorch keeps it
-            running_mean.lerp_(mean.mean(0).to(running_mean.dtype), momentum)
-            running_var.lerp_(var.mean(0).to(running_var.dtype), momentum)
-    return group_norm(x, x.features.shape[1], weight, bias, eps)

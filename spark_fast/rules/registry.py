@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from spark_fast.rules.custom import function_around, keys_of
 
 RULES: dict[Callable, Callable] = {}
 _warned: set[str] = set()
+_USUAL = {"axis": "dim", "keepdims": "keepdim"}
 
 
 class SparseOpError(NotImplementedError):
@@ -48,6 +50,13 @@ def named(names: str, *spaces: object) -> list[Callable]:
     return [f for name in names.split() for space in spaces if callable(f := getattr(space, name, None))]
 
 
+def usual_names(func: Callable, kwargs: dict) -> dict:
+    """`kwargs` with PyTorch's names for NumPy's, which functions of PyTorch that are no Python take as well."""
+    if not kwargs or isinstance(func, FunctionType):
+        return kwargs
+    return {_USUAL.get(name, name): value for name, value in kwargs.items()}
+
+
 def name_of(func: Callable) -> str:
     if torch.compiler.is_compiling():
         return func.__name__
@@ -66,6 +75,13 @@ def where() -> str:
             return f" (called in {type(owner).__name__})"
         frame = frame.f_back
     return ""
+
+
+def no_out(op: str, out: torch.Tensor | None) -> None:
+    if out is not None:
+        raise SparseOpError(
+            f"{op}{where()} would write a sparse result into a dense tensor; write x.to_dense() into it"
+        )
 
 
 def check_differentiable() -> None:

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from spark_fast.rules.pointwise import common, rows_of
-from spark_fast.rules.registry import RULES, SparseOpError, name_of, named, rule, where
+from spark_fast.rules.registry import RULES, SparseOpError, name_of, named, no_out, rule, where
 from spark_fast.rules.tokens import Tokens
-from spark_fast.rules.views import make, plain
+from spark_fast.rules.views import channel_place, listed, make, place_of, plain
 from spark_fast.tensor import SparseMap, SparseTensor
 
 
 def _permuted(x: SparseMap, places: Sequence[int]) -> SparseMap:
     """`x` with dimension places[i] at i."""
-    places = [p % len(x.dims) for p in places]
+    places = [place_of("permute", x, p) for p in places]
     if sorted(places) != list(range(len(x.dims))):
         raise ValueError(f"permute{where()}: {places} is no order of the {len(x.dims)} dimensions of {tuple(x.shape)}")
     dims = "".join(x.dims[p] for p in places)
@@ -34,13 +34,14 @@ def _permuted(x: SparseMap, places: Sequence[int]) -> SparseMap:
 
 
 @rule(*named("permute", torch, torch.Tensor))
-def _permute(input, *dims):
-    return _permuted(input, dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
+def _permute(input, *numbers, dims=None):
+    return _permuted(input, listed(numbers, dims))
 
 
-@rule(*named("transpose swapaxes swapdims transpose_", torch, torch.Tensor))
+@rule(*named("transpose swapaxes swapdims", torch, torch.Tensor))
 def _transpose(input, dim0, dim1):
     places = list(range(len(input.dims)))
+    dim0, dim1 = place_of("transpose", input, dim0), place_of("transpose", input, dim1)
     places[dim0], places[dim1] = places[dim1], places[dim0]
     return _permuted(input, places)
 
@@ -49,21 +50,23 @@ def _transpose(input, dim0, dim1):
 def _movedim(input, source, destination):
     source, destination = ((s,) if isinstance(s, int) else tuple(s) for s in (source, destination))
     n = len(input.dims)
-    to = {d % n: s % n for s, d in zip(source, destination, strict=True)}
+    source, destination = ([place_of("movedim", input, d) for d in side] for side in (source, destination))
+    to = dict(zip(destination, source, strict=True))
     rest = iter(p for p in range(n) if p not in to.values())
     return _permuted(input, [to[p] if p in to else next(rest) for p in range(n)])
 
 
 @rule(torch.Tensor.contiguous)
-def _contiguous(input, *args, **kwargs):
-    return input
+def _contiguous(input, memory_format=torch.contiguous_format):
+    """A copy, as PyTorch makes one of what was permuted: operations in place on it leave `input` as it is."""
+    return make(input.features.clone(memory_format=torch.contiguous_format), input, input.dims)
 
 
 @rule(*named("view reshape", torch, torch.Tensor))
-def _reshape(input, *shape):
-    if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+def _reshape(input, *numbers, shape=None, size=None, dtype=None):
+    if dtype is not None or (len(numbers) == 1 and isinstance(numbers[0], torch.dtype)):
         raise SparseOpError(f"view{where()}: as another dtype; use x.to(dtype)")
-    return reshaped(input, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    return reshaped(input, listed(numbers, size if shape is None else shape))
 
 
 @rule(torch.Tensor.reshape_as, torch.Tensor.view_as)
@@ -73,14 +76,25 @@ def _reshape_as(input, other):
 
 @rule(*named("flatten", torch, torch.Tensor))
 def _flatten(input, start_dim=0, end_dim=-1):
-    n = len(input.dims)
-    start, end, shape = start_dim % n, end_dim % n, input.shape
+    start, end, shape = (*(place_of("flatten", input, d) for d in (start_dim, end_dim)), input.shape)
+    if start > end:
+        raise ValueError(f"flatten{where()}: start_dim={start_dim} comes after end_dim={end_dim}")
+    names = input.dims[start : end + 1]
+    if names == "HW":
+        return Tokens.of(input)
+    if not names.strip("C"):
+        at = channel_place(input, start)
+        features = input.features.flatten(at, at + len(names) - 1)
+        return make(features, input, input.dims[:start] + "C" + input.dims[end + 1 :])
     return reshaped(input, (*shape[:start], shape[start : end + 1].numel(), *shape[end + 1 :]))
 
 
 @rule(*named("unflatten", torch, torch.Tensor))
 def _unflatten(input, dim, sizes):
-    shape, place = input.shape, dim % len(input.dims)
+    shape, place = input.shape, place_of("unflatten", input, dim)
+    if input.dims[place] == "C":
+        features = input.features.unflatten(channel_place(input, place), sizes)
+        return make(features, input, input.dims[:place] + "C" * len(sizes) + input.dims[place + 1 :])
     if -1 in sizes:
         known = -torch.Size(sizes).numel()
         sizes = [shape[place] // max(known, 1) if s == -1 else s for s in sizes]
@@ -89,33 +103,36 @@ def _unflatten(input, dim, sizes):
 
 @rule(*named("unsqueeze", torch, torch.Tensor))
 def _unsqueeze(input, dim):
-    place = dim % (len(input.dims) + 1)
-    at = 1 + sum(name in "CX" for name in input.dims[:place])
-    return make(input.features.unsqueeze(at), input, input.dims[:place] + "C" + input.dims[place:])
+    n = len(input.dims)
+    if not -n - 1 <= dim <= n:
+        raise IndexError(f"unsqueeze{where()}: dim={dim} of {tuple(input.shape)}")
+    place = dim % (n + 1)
+    return make(
+        input.features.unsqueeze(channel_place(input, place)), input, input.dims[:place] + "C" + input.dims[place:]
+    )
 
 
 @rule(*named("squeeze", torch, torch.Tensor))
 def _squeeze(input, dim=None):
     given = range(len(input.dims)) if dim is None else (dim,) if isinstance(dim, int) else dim
     shape = input.shape
-    places = {d % len(input.dims) for d in given if shape[d] == 1}
+    places = {place_of("squeeze", input, d) for d in given if shape[d] == 1}
     if dim is None or any(input.dims[p] != "C" for p in places):
         raise SparseOpError(f"squeeze{where()}: only channel dimensions, each by its number; got dim={dim}")
-    channels = [p for p, name in enumerate(input.dims) if name in "CX"]
-    features = input.features.squeeze([1 + channels.index(p) for p in places])
+    features = input.features.squeeze([channel_place(input, p) for p in places])
     return make(features, input, "".join(name for p, name in enumerate(input.dims) if p not in places))
 
 
 @rule(torch.Tensor.expand)
-def _expand(input, *sizes):
-    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+def _expand(input, *sizes, size=None):
+    sizes = listed(sizes, size)
     if len(sizes) != len(input.dims):
         raise SparseOpError(f"expand{where()}: to more dimensions; unsqueeze first")
     shape = input.shape
     wanted = [s if w == -1 else w for w, s in zip(sizes, shape, strict=True)]
     if any(w != s for w, s, name in zip(wanted, shape, input.dims, strict=True) if name != "C"):
         raise SparseOpError(f"expand{where()}: only channels can be repeated; got {tuple(sizes)} of {tuple(shape)}")
-    channels = [w for w, name in zip(wanted, input.dims, strict=True) if name == "C"]
+    channels = [w if name == "C" else -1 for w, name in zip(wanted, input.dims, strict=True) if name in "CX"]
     return make(input.features.expand(-1, *channels), input, input.dims)
 
 
@@ -138,10 +155,8 @@ def reshaped(x: SparseMap, shape: Sequence[int]):
     if -1 in shape:
         known = -torch.Size(shape).numel()
         shape[shape.index(-1)] = total // known if known else 0
-    if torch.Size(shape).numel() != total or (total and min(shape) < 0):
+    if torch.Size(shape).numel() != total or min(shape, default=1) < 0:
         raise ValueError(f"reshape{where()}: {tuple(old)} does not have the elements of {tuple(shape)}")
-    if x.dims[-2:] == "HW" and shape == list(old[:-2]) + [old[-2] * old[-1]]:
-        return Tokens.of(x)
     cells = _cells(x, shape)
     if cells is not None:
         return cells
@@ -150,6 +165,8 @@ def reshaped(x: SparseMap, shape: Sequence[int]):
         first = x.dims.index("B")
         x = _permuted(x, [first, *(p for p in range(len(x.dims)) if p != first)])
         steps = _match(x, shape)
+    if steps is None and x.dims[-2:] == "HW" and shape == list(old[:-2]) + [old[-2] * old[-1]]:
+        return Tokens.of(x)
     if steps is None:
         merged = _with_space_joined(x, shape)
         if merged is not None:
@@ -170,16 +187,17 @@ def _match(x: SparseMap, shape: list[int]) -> tuple[str, list[int]] | None:
     while at < len(dims):
         run = 1  # channels to find
         if dims[at] != "C":
-            while shape[j : j + 1] == [1] != [old[at]]:
+            while shape[j : j + 1] == [1] and _is_channel(x, at, len(shape) - j):
                 names, sizes, j = names + "C", [*sizes, 1], j + 1
             if j == len(shape):
                 return None
             name, whole = dims[at], shape[j] == old[at]
             if whole and name == "X":
                 sizes.append(old[at] // x.patches.batch)
-            elif dims[at : at + 2] == "BC" and not whole and shape[j] == old[at] * old[at + 1]:
-                name, at = "X", at + 1
-                sizes.append(old[at])
+            elif dims[at : at + 2] == "BC" and not whole and _joins(shape[j], old[at], old[at + 1]):
+                name, joined = "X", shape[j] // old[at]
+                sizes.append(joined)
+                at, run = at + 1, old[at + 1] // joined
             elif name == "X" and shape[j] == x.patches.batch:
                 name, run = "B", old[at] // x.patches.batch
             elif not whole:
@@ -197,6 +215,19 @@ def _match(x: SparseMap, shape: list[int]) -> tuple[str, list[int]] | None:
     if any(n != 1 for n in shape[j:]):
         return None
     return names + "C" * (len(shape) - j), sizes + [1] * (len(shape) - j)
+
+
+def _is_channel(x: SparseMap, at: int, left: int) -> bool:
+    """Is a size of 1 before dimension `at`, one of `left` sizes, a channel's?"""
+    if x.dims[at] == "X" and x.patches.batch == 1:
+        return False  # it is the image
+    spare = "C" not in x.dims[at:] and left > len(x.dims) - at  # more of them than a map of 1x1 pixels needs
+    return x.shape[at] != 1 or spare
+
+
+def _joins(size: int, batch: int, channels: int) -> bool:
+    """Is `size` the batch with the channels, or with a part of them before the others?"""
+    return batch > 0 and size > 0 and size % batch == 0 and channels % (size // batch) == 0
 
 
 def _with_space_joined(x: SparseMap, shape: list[int]):
@@ -220,7 +251,7 @@ def _cells(x: SparseMap, shape: list[int]):
         batch, channels, height, width = x.shape
         s = shape[3]
         if s > 1 and shape == [batch, channels, height // s, s, width // s, s] and x.side % s == 0:
-            rows = _cut(x, s)  # (N / s^2, C, s, s)
+            rows = cut(x, s)  # (N / s^2, C, s, s)
             return make(rows, x, "BCHCWC", x.side // s)
     if x.dims in ("BCHCWC", "BHCWCC") and len(shape) == 4:
         if x.dims == "BCHCWC":
@@ -236,38 +267,38 @@ def _cells(x: SparseMap, shape: list[int]):
     return None
 
 
-def _cut(x: SparseTensor, s: int) -> torch.Tensor:
+def cut(x: SparseTensor, s: int) -> torch.Tensor:
     """The s x s pixels of each cell: rows (N / s^2, C, s, s) of maps with an s-th of the side."""
     small = x.side // s
-    rows = x.features.unflatten(0, (-1, small, s, small, s)) if x.features.shape[0] else x.features
-    if not x.features.shape[0]:
-        return x.features.reshape(0, x.features.shape[1], s, s)
+    rows = x.features.unflatten(0, (x.patches.count, small, s, small, s))
     return rows.permute(0, 1, 3, 5, 2, 4).flatten(0, 2)
 
 
 def _joined(rows: torch.Tensor, side: int) -> torch.Tensor:
     """The reverse: rows (N, C, s, s) at `side` -> (N s^2, C) at side * s."""
-    count, channels = rows.shape[:2]
-    if not count:
-        return rows.reshape(0, channels)
-    return rows.unflatten(0, (-1, side, side)).permute(0, 1, 4, 2, 5, 3).reshape(-1, channels)
+    count, channels, s, t = rows.shape
+    cells = rows.unflatten(0, (count // side**2, side, side))
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(count * s * t, channels)
 
 
 @rule(F.pixel_unshuffle, torch.pixel_unshuffle)
 def _pixel_unshuffle(input, downscale_factor):
     x = plain("pixel_unshuffle", input)
-    if x.side % downscale_factor:
+    if downscale_factor < 1 or x.side % downscale_factor:
         raise SparseOpError(
             f"pixel_unshuffle{where()}: the patch's side of {x.side} pixels is no multiple of {downscale_factor}; "
             "use a larger patch_size"
         )
-    return SparseTensor(_cut(x, downscale_factor).flatten(1), x.patches, x.side // downscale_factor)
+    return SparseTensor(cut(x, downscale_factor).flatten(1), x.patches, x.side // downscale_factor)
 
 
 @rule(F.pixel_shuffle, torch.pixel_shuffle)
 def _pixel_shuffle(input, upscale_factor):
     x, s = plain("pixel_shuffle", input), upscale_factor
-    rows = x.features.unflatten(1, (-1, s, s))
+    channels = x.features.shape[1]
+    if s < 1 or channels % s**2:
+        raise ValueError(f"pixel_shuffle{where()}: {channels} channels are no multiple of upscale_factor^2, {s}^2")
+    rows = x.features.unflatten(1, (channels // s**2, s, s))
     return SparseTensor(_joined(rows, x.side), x.patches, x.side * s)
 
 
@@ -279,18 +310,19 @@ def _channel_shuffle(input, groups):
 
 def _channel(op: str, x: SparseMap, dim: int) -> int:
     """The place among the rows' dimensions of channel dimension `dim`."""
-    place = dim % len(x.dims)
+    place = place_of(op, x, dim)
     if x.dims[place] != "C":
         raise SparseOpError(
             f"{op}{where()}: only channels; got dim={dim}, which is {x.dims[place]} of {tuple(x.shape)} ({x.dims})"
         )
-    return 1 + sum(name in "CX" for name in x.dims[:place])
+    return channel_place(x, place)
 
 
 @rule(*named("cat concat concatenate", torch))
-def _cat(tensors, dim=0, out=None):
+def _cat(tensors, dim=0, *, out=None):
+    no_out("cat", out)
     like = common(torch.cat, tuple(tensors))
-    at, place = _channel("cat", like, dim), dim % len(like.dims)
+    at, place = _channel("cat", like, dim), place_of("cat", like, dim)
     rows = [_whole_rows(t, like, place) for t in tensors]
     return make(torch.cat(rows, dim=at), like, like.dims)
 
@@ -309,7 +341,8 @@ def _whole_rows(value: SparseMap | torch.Tensor, like: SparseMap, place: int) ->
 
 
 @rule(torch.stack)
-def _stack(tensors, dim=0, out=None):
+def _stack(tensors, dim=0, *, out=None):
+    no_out("stack", out)
     if not all(isinstance(t, SparseMap) for t in tensors):
         raise SparseOpError(f"stack{where()}: sparse and dense tensors together; use SparseTensor.from_dense first")
     common(torch.stack, tuple(tensors))
@@ -319,8 +352,10 @@ def _stack(tensors, dim=0, out=None):
 def _pieces(function: Callable) -> Callable:
     name = name_of(function)  # not inside, where torch.compile would trace it
 
-    def split(input, size, dim=0):
-        at = _channel(name, input, dim)
+    def split(input, *args, dim=0, **size):
+        """The second argument has a name of its own in each of the functions: chunks, split_size, ..."""
+        (size, *dims) = (*args, *size.values())
+        at = _channel(name, input, dims[0] if dims else dim)
         return tuple(make(piece, input, input.dims) for piece in function(input.features, size, dim=at))
 
     return split
@@ -332,7 +367,7 @@ for _function in named("split chunk tensor_split split_with_sizes", torch, torch
 
 @rule(*named("unbind", torch, torch.Tensor))
 def _unbind(input, dim=0):
-    at, place = _channel("unbind", input, dim), dim % len(input.dims)
+    at, place = _channel("unbind", input, dim), place_of("unbind", input, dim)
     dims = input.dims[:place] + input.dims[place + 1 :]
     return tuple(make(piece, input, dims) for piece in input.features.unbind(at))
 
@@ -349,75 +384,10 @@ def _narrow(input, dim, start, length):
 
 @rule(*named("repeat_interleave", torch, torch.Tensor))
 def _repeat_interleave(input, repeats, dim=None, output_size=None):
-    at = _channel("repeat_interleave", input, 0 if dim is None else dim)
+    if dim is None:
+        raise SparseOpError(f"repeat_interleave{where()}: dim=None flattens the map; name a dimension of channels")
+    at = _channel("repeat_interleave", input, dim)
     return make(input.features.repeat_interleave(repeats, at, output_size=output_size), input, input.dims)
-
-
-@rule(torch.Tensor.__getitem__)
-def _getitem(input, index):
-    index = _full_index(input, index)
-    if isinstance(input, SparseTensor) and not input.channels_last:
-        sampled = _sampled(input, index)
-        if sampled is not None:
-            return _getitem(sampled, (slice(None), index[1], slice(None), slice(None)))
-    channels, dims = _of_channels(input, index)
-    return make(input.features[(slice(None), *channels)], input, dims)
-
-
-def _full_index(x: SparseMap, index) -> tuple:
-    """An index for each dimension."""
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i is Ellipsis for i in index):
-        place = next(n for n, i in enumerate(index) if i is Ellipsis)
-        missing = len(x.dims) + 1 - sum(i is not None for i in index)
-        index = index[:place] + (slice(None),) * missing + index[place + 1 :]
-    if len(index) > len(x.dims) or any(i is None for i in index):
-        raise SparseOpError(f"indexing{where()}: {index} of {tuple(x.shape)}; use unsqueeze for new dimensions")
-    return index + (slice(None),) * (len(x.dims) - len(index))
-
-
-def _of_channels(x: SparseMap, index: tuple) -> tuple[list, str]:
-    """The part of an index for the channels, and the dimensions that remain."""
-    channels, dims = [], ""
-    for name, i in zip(x.dims, index, strict=True):
-        if name == "C":
-            channels.append(i)
-            dims += "" if isinstance(i, int) else "C"
-        elif i != slice(None):
-            raise SparseOpError(
-                f"indexing{where()}: {name} by {i}; only channels, as x[:, a:b], and every s-th pixel of height and "
-                "width, as x[..., a::s, b::s], have a sparse meaning"
-            )
-        else:
-            dims += name
-    return channels, dims
-
-
-@rule(torch.Tensor.__setitem__)
-def _setitem(input, index, value):
-    if isinstance(index, SparseMap):  # of conditions
-        common(torch.Tensor.__setitem__, (input, index))
-        if isinstance(value, SparseMap | torch.Tensor) and value.dim():
-            raise SparseOpError(f"x[condition] = value{where()}: one number only; use torch.where for others")
-        input.features[index.features] = value
-        return
-    channels, dims = _of_channels(input, _full_index(input, index))
-    place = (slice(None), *channels)
-    part = make(input.features[place], input, dims)
-    if isinstance(value, SparseMap):
-        common(torch.Tensor.__setitem__, (part, value))
-    input.features[place] = rows_of(value, part)
-
-
-def _sampled(x: SparseTensor, index: tuple) -> SparseTensor | None:
-    """x[:, :, a::s, b::s]: one pixel of each cell."""
-    rows, columns = index[2:]
-    if not all(isinstance(i, slice) and i.stop is None and (i.step or 1) > 1 for i in (rows, columns)):
-        return None
-    s, first = rows.step, (rows.start or 0, columns.start or 0)
-    if columns.step != s or x.side % s or not all(0 <= f < s for f in first):
-        return None
-    return SparseTensor(_cut(x, s)[:, :, first[0], first[1]], x.patches, x.side // s)
 
 
 @rule(torch.Tensor.requires_grad_)
@@ -433,6 +403,10 @@ def _type_as(input, other):
 
 @rule(torch.Tensor.to)
 def _to(input, *args, memory_format=None, **kwargs):  # rows have one memory format
+    args = [a.features if isinstance(a, SparseMap) else a for a in args]
+    kwargs = {name: a.features if isinstance(a, SparseMap) else a for name, a in kwargs.items()}
+    if not isinstance(input, SparseMap):  # a dense tensor in the dtype of a sparse one
+        return input.to(*args, memory_format=memory_format, **kwargs)
     if not args and not kwargs:
         return input
     features = input.features.to(*args, **kwargs)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from spark_fast.patches import ActivePatches
 from spark_fast.rules.pointwise import POINTWISE
-from spark_fast.rules.registry import SparseOpError, check_differentiable, name_of, named, where
-from spark_fast.rules.views import make, order
+from spark_fast.rules.registry import SparseOpError, check_differentiable, name_of, named, usual_names, where
+from spark_fast.rules.views import listed, make, order, place_of
 from spark_fast.tensor import SparseMap
 
 
@@ -75,11 +75,12 @@ class Tokens:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         check_differentiable()
+        kwargs = usual_names(func, kwargs or {})
         handler = RULES.get(func)
         if handler is not None:
-            return handler(*args, **(kwargs or {}))
+            return handler(*args, **kwargs)
         if func in POINTWISE:
-            return _pointwise(func, args, kwargs or {})
+            return _pointwise(func, args, kwargs)
         raise SparseOpError(
             f"{name_of(func)}{where()} has no rule for a sequence of active pixels; neighbours in it need "
             "not be so in the image"
@@ -195,7 +196,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 def _softmax(func: Callable) -> Callable:
     def softmax(input, dim=None, _stacklevel=3, dtype=None):
-        if dim is None or input.dims[dim] == "B":
+        if isinstance(_stacklevel, torch.dtype):  # the third argument of torch.softmax
+            dtype = _stacklevel
+        if dim is None or input.dims[place_of(name_of(func), input, dim)] == "B":
             raise SparseOpError(f"{name_of(func)}{where()}: dim={dim} of {input.dims}")
         return input.like(func(input.values, dim, dtype=dtype), input.dims)
 
@@ -207,25 +210,26 @@ for _function in named("softmax log_softmax"):
 
 
 def _permuted(x: Tokens, places: Sequence[int]) -> Tokens:
-    places = [p % len(x.dims) for p in places]
+    places = [place_of("permute", x, p) for p in places]
     return x.like(x.values.permute(places), "".join(x.dims[p] for p in places))
 
 
 @_rule(*named("permute", torch, torch.Tensor))
-def _permute(input, *dims):
-    return _permuted(input, dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
+def _permute(input, *numbers, dims=None):
+    return _permuted(input, listed(numbers, dims))
 
 
 @_rule(*named("transpose swapaxes swapdims", torch, torch.Tensor))
 def _transpose(input, dim0, dim1):
     places = list(range(len(input.dims)))
+    dim0, dim1 = place_of("transpose", input, dim0), place_of("transpose", input, dim1)
     places[dim0], places[dim1] = places[dim1], places[dim0]
     return _permuted(input, places)
 
 
 @_rule(torch.Tensor.contiguous)
 def _contiguous(input, *args, **kwargs):
-    return input.like(input.values.contiguous(), input.dims)
+    return input.like(input.values.clone(memory_format=torch.contiguous_format), input.dims)
 
 
 @_rule(*named("unsqueeze", torch, torch.Tensor))
@@ -236,28 +240,32 @@ def _unsqueeze(input, dim):
 
 @_rule(*named("squeeze", torch, torch.Tensor))
 def _squeeze(input, dim):
-    place = dim % len(input.dims)
+    place = place_of("squeeze", input, dim)
     if input.dims[place] != "C" or input.values.shape[place] != 1:
         return input
     return input.like(input.values.squeeze(place), input.dims[:place] + input.dims[place + 1 :])
 
 
 @_rule(*named("view reshape", torch, torch.Tensor))
-def _reshape(input, *shape):
-    shape = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-    return _reshaped(input, shape)
+def _reshape(input, *numbers, shape=None, size=None):
+    return _reshaped(input, list(listed(numbers, size if shape is None else shape)))
 
 
 @_rule(*named("flatten", torch, torch.Tensor))
 def _flatten(input, start_dim=0, end_dim=-1):
-    n, shape = len(input.dims), list(input.shape)
-    start, end = start_dim % n, end_dim % n
+    shape = list(input.shape)
+    start, end = place_of("flatten", input, start_dim), place_of("flatten", input, end_dim)
+    if not input.dims[start : end + 1].strip("C"):
+        return input.like(input.values.flatten(start, end), input.dims[:start] + "C" + input.dims[end + 1 :])
     return _reshaped(input, shape[:start] + [torch.Size(shape[start : end + 1]).numel()] + shape[end + 1 :])
 
 
 @_rule(*named("unflatten", torch, torch.Tensor))
 def _unflatten(input, dim, sizes):
-    shape, place = list(input.shape), dim % len(input.dims)
+    shape, place = list(input.shape), place_of("unflatten", input, dim)
+    if input.dims[place] == "C":
+        dims = input.dims[:place] + "C" * len(sizes) + input.dims[place + 1 :]
+        return input.like(input.values.unflatten(place, sizes), dims)
     return _reshaped(input, shape[:place] + list(sizes) + shape[place + 1 :])
 
 
@@ -364,7 +372,7 @@ def _along(func: Callable) -> Callable:
     def reduce(input, dim=None, keepdim=False, **kwargs):
         if dim is None:
             raise SparseOpError(f"{name_of(func)}{where()} over everything mixes images")
-        places = {d % len(input.dims) for d in ((dim,) if isinstance(dim, int) else dim)}
+        places = {place_of(name_of(func), input, d) for d in ((dim,) if isinstance(dim, int) else dim)}
         if any(input.dims[p] == "B" for p in places):
             raise SparseOpError(f"{name_of(func)}{where()} over the batch has no sparse meaning")
         out = func(input.values, dim, keepdim=keepdim, **kwargs)
@@ -394,7 +402,9 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
 
 
 def _pieces(function: Callable) -> Callable:
-    def split(input, size, dim=0):
+    def split(input, *args, dim=0, **size):
+        (size, *dims) = (*args, *size.values())
+        dim = place_of(name_of(function), input, dims[0] if dims else dim)
         if input.dims[dim] != "C":
             raise SparseOpError(f"{name_of(function)}{where()}: only channels; got dim={dim} of {input.dims}")
         return tuple(input.like(piece, input.dims) for piece in function(input.values, size, dim=dim))
@@ -408,7 +418,7 @@ for _function in named("split chunk tensor_split", torch, torch.Tensor):
 
 @_rule(*named("unbind", torch, torch.Tensor))
 def _unbind(input, dim=0):
-    place = dim % len(input.dims)
+    place = place_of("unbind", input, dim)
     if input.dims[place] != "C":
         raise SparseOpError(f"unbind{where()}: only channels; got dim={dim} of {input.dims}")
     dims = input.dims[:place] + input.dims[place + 1 :]
@@ -423,9 +433,12 @@ def _getitem(input, index):
         index = index[:place] + (slice(None),) * (len(input.dims) + 1 - len(index)) + index[place + 1 :]
     dims = ""
     for name, i in zip(input.dims, (*index, *[slice(None)] * (len(input.dims) - len(index))), strict=True):
-        if name != "C" and i != slice(None):
-            raise SparseOpError(f"indexing{where()}: only channels of a sequence; got {index} of {input.dims}")
-        dims += "" if isinstance(i, int) else name
+        number = isinstance(i, int) and not isinstance(i, bool)
+        if not (isinstance(i, slice) and (name == "C" or i == slice(None))) and not (number and name == "C"):
+            raise SparseOpError(
+                f"indexing{where()}: only channels of a sequence, by numbers and slices; got {index} of {input.dims}"
+            )
+        dims += "" if number else name
     return input.like(input.values[index], dims)
 
 

@@ -6,6 +6,8 @@ internal to a module: as soon as the dimensions are (B, C, H, W) or (B, H, W, C)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from spark_fast.ops.densify import scatter_patches
@@ -48,19 +50,52 @@ class SparseView(SparseMap):
 def make(features: torch.Tensor, like: SparseMap, dims: str, side: int | None = None) -> SparseTensor | SparseView:
     """Rows (N, *channels) on the patches of `like`, as the simplest kind that has these dimensions."""
     side = like.side if side is None else side
+    if features.dim() != 1 + sum(name in "CX" for name in dims):
+        raise SparseOpError(f"a sparse map{where()} of dimensions {dims} cannot have rows {tuple(features.shape)}")
     if dims in ("BCHW", "BHWC") and features.is_floating_point():
         return SparseTensor(features, like.patches, side, dims == "BHWC")
     return SparseView(features, like.patches, side, dims)
 
 
 def spread(rows: torch.Tensor, patches: ActivePatches, side: int, dims: str) -> torch.Tensor:
-    """Rows (N, *channels) as a zero-filled dense batch with `dims`."""
+    """Rows (N, *channels) as a zero-filled dense batch with `dims`; False-filled, where they are conditions."""
     channels = rows.shape[1:]
-    dense = scatter_patches(rows.reshape(rows.shape[0], channels.numel()), patches, side)
-    batch, _, height, width = dense.shape
+    flat = rows.reshape(rows.shape[0], channels.numel())
+    (gh, gw), batch = patches.grid, patches.batch
+    height, width = gh * side, gw * side
+    if rows.is_floating_point():
+        dense = scatter_patches(flat, patches, side)
+    else:
+        dense = flat.new_zeros(batch, height, width, flat.shape[1])
+        dense[patches.pixel_coords(side).long().unbind(1)] = flat
+        dense = dense.permute(0, 3, 1, 2)
     dense = dense.reshape(batch, *channels, height, width)
     natural, apart = "B" + "C" * len(channels) + "HW", dims.replace("X", "BC")
     return dense.permute(order(natural, apart)).reshape(SparseView(rows, patches, side, dims).shape)
+
+
+def place_of(op: str, x: SparseMap, dim: int) -> int:
+    """The place of dimension `dim`, which may be negative.
+
+    Raises:
+        IndexError: there is none.
+    """
+    n = len(x.dims)
+    if not -n <= dim < n:
+        raise IndexError(f"{op}{where()}: dim={dim} of {tuple(x.shape)}, which has dimensions {-n} to {n - 1}")
+    return dim % n
+
+
+def channel_place(x: SparseMap, place: int) -> int:
+    """The place among the rows' dimensions of the channel dimension at `place`."""
+    return 1 + sum(name in "CX" for name in x.dims[:place])
+
+
+def listed(numbers: tuple, named: Sequence[int] | None) -> Sequence[int]:
+    """What a method got as f(2, 3), f((2, 3)) or f(name=(2, 3))."""
+    if named is not None:
+        return named
+    return numbers[0] if len(numbers) == 1 and not isinstance(numbers[0], int) else numbers
 
 
 def order(given: str, wanted: str) -> list[int]:
