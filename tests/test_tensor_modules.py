@@ -394,3 +394,43 @@ def test_mixing_masks_is_refused():
 
 if __name__ == "__main__":
     worker(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+CROPS = {
+    "convolution": lambda x: F.conv2d(F.pad(x, (1, -1, 1, -1)), torch.ones(2, CHANNELS, 3, 3).double(), padding=1),
+    "max pooling": lambda x: F.max_pool2d(F.pad(x, (1, -1, 1, -1), value=-torch.inf), 3, 1, 1),
+    "average pooling": lambda x: F.avg_pool2d(F.pad(x, (1, -1, 1, -1)), 3, 1, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no pixel is skipped")
+@pytest.mark.parametrize("name", CROPS)
+def test_what_is_cropped_is_not_read_by_a_windows_own_padding(name):
+    dense, sparse, _ = scene()
+    out, expected = CROPS[name](sparse), CROPS[name](dense)
+    shown = out.patches.active[:, None].repeat_interleave(out.side, 2).repeat_interleave(out.side, 3)
+    torch.testing.assert_close(out.to_dense(), torch.where(shown, expected, 0))
+
+
+def test_padding_is_a_copy_or_refused():
+    _, sparse, _ = scene()
+    padded = F.pad(sparse, (1, 1, 1, 1))
+    sparse.relu_()
+    with pytest.raises(sf.SparseOpError, match="changed in place after it was padded"):
+        F.max_pool2d(padded, 3)
+    with pytest.raises(sf.SparseOpError, match="a crop that is padded again"):
+        F.pad(F.pad(sparse, (-1, -1, -1, -1)), (2, 2, 2, 2))
+
+
+def test_every_other_pixel_of_some_images_is_refused():
+    _, sparse, _ = scene()
+    with pytest.raises(sf.SparseOpError, match="B by slice"):
+        sparse[:1, :, ::2, ::2]
+
+
+def test_tokens_become_a_map_whatever_sizes_coincide():
+    active = torch.tensor([[[True, False], [False, True]]])  # two pixels of 2x2, so that K = W
+    x = sf.SparseTensor.from_dense(torch.randn(1, 4, 2, 2), sf.ActivePatches(active))
+    y = (2 * x.flatten(2)).view(1, -1, 2, 2)
+    assert isinstance(y, sf.SparseTensor)
+    torch.testing.assert_close(y.features, 2 * x.features)

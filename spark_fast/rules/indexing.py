@@ -88,6 +88,8 @@ def _channel_index(index):
 def _sampled(x: SparseTensor, index: tuple) -> SparseTensor | None:
     """x[:, :, a::s, b::s]: one pixel of each cell."""
     rows, columns = index[2:]
+    if index[0] != slice(None):
+        return None
     if not all(isinstance(i, slice) and i.stop is None and (i.step or 1) > 1 for i in (rows, columns)):
         return None
     s, first = rows.step, (rows.start or 0, columns.start or 0)

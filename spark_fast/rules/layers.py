@@ -130,7 +130,8 @@ def _interpolate(input, size=None, scale_factor=None, mode="nearest", *args, **k
     """Nearest by a whole factor repeats or drops rows; all else runs on the dense map."""
     x = plain("interpolate", input)
     height, width = x.shape[2:]
-    if mode in ("nearest", "nearest-exact") and not args and not any(kwargs.values()):
+    whole = x.patches.origin is None  # else the result's pixels are those of the mask at its size
+    if whole and mode in ("nearest", "nearest-exact") and not args and not any(kwargs.values()):
         if size is not None:
             sizes = (size, size) if isinstance(size, int) else tuple(size)
         else:

@@ -27,10 +27,21 @@ class PaddedMap:
         mode, value: as in F.pad.
     """
 
-    __slots__ = ("map", "mode", "pad", "value")
+    __slots__ = ("_map", "mode", "pad", "value", "version")
 
     def __init__(self, map: SparseMap, pad: tuple[int, int, int, int], mode: str, value: float):
-        self.map, self.pad, self.mode, self.value = map, pad, mode, value
+        self._map, self.pad, self.mode, self.value = map, pad, mode, value
+        self.version = _version(map)
+
+    @property
+    def map(self) -> SparseMap:
+        """
+        Raises:
+            SparseOpError: it was changed in place since it was padded; PyTorch's padding is a copy.
+        """
+        if _version(self._map) != self.version:
+            raise SparseOpError(f"pad{where()}: the map was changed in place after it was padded; pad it afterwards")
+        return self._map
 
     @property
     def shape(self) -> torch.Size:
@@ -79,6 +90,12 @@ class PaddedMap:
         return f"PaddedMap({self.map}, pad={self.pad}, mode={self.mode!r}, value={self.value})"
 
 
+def _version(x: SparseMap) -> int:
+    """Counts the changes in place; not kept in inference mode or inside torch.compile."""
+    rows = x.features
+    return 0 if torch.compiler.is_compiling() or rows.is_inference() else rows._version
+
+
 @rule(F.pad)
 def _pad(input, pad, mode="constant", value=None):
     pad = tuple(pad)
@@ -107,6 +124,8 @@ def _pad_again(input, pad, mode="constant", value=None):
     if (mode, value or 0.0) != (input.mode, input.value) or mode != "constant" or len(pad) > 4:
         raise SparseOpError(f"pad{where()}: padded twice, in different ways")
     pad = tuple(pad) + (0,) * (4 - len(pad))
+    if any(a < 0 < b for a, b in zip(input.pad, pad, strict=True)):
+        raise SparseOpError(f"pad{where()}: a crop that is padded again: {input.pad}, then {pad}")
     return PaddedMap(input.map, tuple(a + b for a, b in zip(input.pad, pad, strict=True)), mode, input.value)
 
 
@@ -120,12 +139,18 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
         raise SparseOpError(f"conv2d{where()}: the weight is sparse, the input is not")
     if input.border == 0 and not isinstance(padding, str):
         window = conv_window(weight, stride, padding, dilation)
-        if isinstance(input.map, SparseTensor):
+        if isinstance(input.map, SparseTensor) and not _crops_under(input, window):
             return _windowed("conv2d", input, window, convolve, weight, bias, groups)
         left, right, top, bottom = input.pad
-        return per_image_conv2d(input.map, window.padded(top, bottom, left, right), weight, bias, groups)
+        if not isinstance(input.map, SparseTensor) and not _crops_under(input, window):
+            return per_image_conv2d(input.map, window.padded(top, bottom, left, right), weight, bias, groups)
     settings = (stride, padding, dilation, groups)
     return _on_dense("conv2d", input, lambda: F.conv2d(input.to_dense(), weight, bias, *settings))
+
+
+def _crops_under(x: PaddedMap, window) -> bool:
+    """Does the window's own padding stand where pixels were cropped? Then they are not the window's to read."""
+    return min(x.pad) < 0 and window.padding != (0, 0)
 
 
 def per_image_conv2d(x: SparseMap, window, weight, bias, groups: int) -> SparseMap:
@@ -158,7 +183,7 @@ def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     plain = isinstance(input.map, SparseTensor) and not ceil_mode and not return_indices
     if plain and input.border in (0, -torch.inf):
         window = pool_window("max_pool2d", kernel_size, stride, padding, dilation)
-        if input.border < 0:
+        if input.border < 0 and not _crops_under(input, window):
             return _windowed("max_pool2d", input, window, max_pool)
         if window.padding == (0, 0):
             out = _windowed("max_pool2d", input, window, max_pool)

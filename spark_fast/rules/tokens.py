@@ -273,30 +273,25 @@ def _reshaped(x: Tokens, shape: list[int]):
     """Dimensions of channels are split and joined (also with the batch); pixels stay whole, or become a map again."""
     gh, gw = x.patches.grid
     height, width = gh * x.side, gw * x.side
-    wanted = shape
-    # Where the module asks for H, W or H * W: pixels.
-    pairs = [j for j in range(len(shape) - 1) if shape[j : j + 2] == [height, width]]
     length = x.patches.per_image * x.side**2
-    found = _match(x, shape)
-    if found is None and x.dims.count("S") == 1:
+    # Where the module asks for H, W: a map. Where it asks for H * W: pixels.
+    pairs = [j for j in range(len(shape) - 1) if shape[j : j + 2] == [height, width]]
+    if x.dims.count("S") == 1:
         for j in pairs:
             found = _match(x, [*shape[:j], length, *shape[j + 2 :]], at=j)
             if found is not None:
                 return _map(x, *found)
+    found = _match(x, shape)
+    if found is None and x.dims.count("S") == 1:
         for j, size in enumerate(shape):
             if size == height * width:
                 found = _match(x, [*shape[:j], length, *shape[j + 1 :]], at=j)
                 if found is not None:
                     break
-    elif found is not None and x.dims.count("S") == 1 and length == height * width:
-        for j in pairs:
-            again = _match(x, [*shape[:j], length, *shape[j + 2 :]], at=j)
-            if again is not None:
-                return _map(x, *again)
     if found is None:
         raise SparseOpError(
             f"reshape{where()}: a sequence of the {length} active pixels of {height}x{width}, {tuple(x.shape)} "
-            f"({x.dims}), to {tuple(wanted)}"
+            f"({x.dims}), to {tuple(shape)}"
         )
     dims, sizes = found
     return x.like(x.values.reshape(sizes), dims)

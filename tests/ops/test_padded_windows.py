@@ -114,6 +114,7 @@ def test_which_patches_a_map_lies_on(mask):
     assert again.patches.grid == (5, 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*no pixel is skipped")
 def test_maps_of_one_size_share_their_patches_and_return_to_the_mask(mask):
     patches = sf.ActivePatches(mask)
     x = sf.SparseTensor.from_dense(torch.randn(2, 3, 12, 16), patches)
@@ -121,6 +122,8 @@ def test_maps_of_one_size_share_their_patches_and_return_to_the_mask(mask):
     b = F.max_pool2d(x, 3, 2)
     assert a.patches is b.patches and a.patches.origin is patches
     torch.cat((a, b), 1)
+    wide = F.interpolate(a, scale_factor=2)
+    assert wide.patches is F.conv2d(wide, torch.randn(4, 4, 3, 3), padding=1).patches
     up = F.conv2d(a, torch.randn(4, 4, 3, 3), padding=(2, 2))  # 7x9
     back = F.conv2d(up, torch.randn(2, 4, 2, 2))  # 6x8: two pixels for each patch
     assert back.patches is patches and back.side == 2
