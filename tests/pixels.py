@@ -44,3 +44,15 @@ def set_by_hand(coords: Tensor, layer: dict, size: tuple[int, int], output: str)
         for b, y, x in itertools.product(images, range(size[0]), range(size[1]))
         if any((b, y * stride - padding + i * dilation, x * stride - padding + j * dilation) in active for i, j in taps)
     }
+
+
+def at_pixels(active: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mask on a map of `size`, by hand: an output pixel touches the patches that its share of the image does."""
+    batch, gh, gw = active.shape
+    out = torch.zeros(batch, *size, dtype=torch.bool)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            rows = slice(y * gh // size[0], -(-(y + 1) * gh // size[0]))
+            columns = slice(x * gw // size[1], -(-(x + 1) * gw // size[1]))
+            out[:, y, x] = active[:, rows, columns].flatten(1).any(1)
+    return out

@@ -44,7 +44,7 @@ def padding_pair(value: int | tuple[int, int]) -> tuple[int, int]:
 class Window:
     """Kernel, stride, padding and dilation of a window op, each (rows, columns).
 
-    `padding` is that of both ends, to which `extra` adds at the end: TensorFlow's "same". Both may be negative: a crop.
+    `padding` is that of both ends, to which `extra` adds at the end: TensorFlow's "same". A negative one crops.
     """
 
     kernel: tuple[int, int]
@@ -54,14 +54,14 @@ class Window:
     extra: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
-        for name in ("kernel", "stride", "dilation"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            if min(getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
     @property
     def is_symmetric(self) -> bool:
         """Does PyTorch's own `padding` argument say it?"""
-        return self.extra == (0, 0) and min(self.padding) >= 0
+        return self.extra == (0, 0)
 
     def padded(self, top: int, bottom: int, left: int, right: int) -> Window:
         """This window on a map padded so before."""

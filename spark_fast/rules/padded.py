@@ -149,8 +149,9 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
 
 
 def _crops_under(x: PaddedMap, window) -> bool:
-    """Does the window's own padding stand where pixels were cropped? Then they are not the window's to read."""
-    return min(x.pad) < 0 and window.padding != (0, 0)
+    """Are pixels cropped where the window begins, or where its own padding stands? Its padding cannot say that."""
+    left, right, top, bottom = x.pad
+    return min(left, top) < 0 or (min(right, bottom) < 0 and window.padding != (0, 0))
 
 
 def per_image_conv2d(x: SparseMap, window, weight, bias, groups: int) -> SparseMap:
@@ -183,9 +184,10 @@ def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     plain = isinstance(input.map, SparseTensor) and not ceil_mode and not return_indices
     if plain and input.border in (0, -torch.inf):
         window = pool_window("max_pool2d", kernel_size, stride, padding, dilation)
-        if input.border < 0 and not _crops_under(input, window):
+        folds = not _crops_under(input, window)
+        if folds and input.border < 0:
             return _windowed("max_pool2d", input, window, max_pool)
-        if window.padding == (0, 0):
+        if folds and window.padding == (0, 0):
             out = _windowed("max_pool2d", input, window, max_pool)
             return _at_least_zero(out, _reaches_border(input, window, tuple(out.shape[2:])))
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
@@ -206,7 +208,7 @@ def _avg_pool2d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
     window = pool_window("avg_pool2d", kernel_size, stride, padding)
-    own = window.padding == (0, 0) and not ceil_mode
+    own = window.padding == (0, 0) and not ceil_mode and not _crops_under(input, window)
     if isinstance(input.map, SparseTensor) and input.border == 0 and own:
         # The zeros around the map count as pixels.
         return _windowed("avg_pool2d", input, window, avg_pool, True, divisor_override or window.taps)

@@ -10,10 +10,9 @@ from spark_fast.patches import ActivePatches
 def gather(images, patches: ActivePatches) -> torch.Tensor:
     gh, gw = patches.grid
     tiles = images.unflatten(2, (gh, -1)).unflatten(4, (gw, -1)).permute(0, 2, 4, 3, 5, 1)  # (B, gh, gw, side, side, C)
-    rows, side = tiles[patches.index].contiguous(), images.shape[2] // gh
-    return rows.resize_(
-        patches.rows(side), images.shape[1]
-    )  # no view: autograd lets no view of one be changed in place
+    rows = tiles[patches.index].contiguous()  # (P, height, width, C); a patch may be oblong
+    # No view: autograd lets no view of one be changed in place.
+    return rows.resize_(rows.shape[:3].numel(), images.shape[1])
 
 
 def scatter(features, patches: ActivePatches, side: int, fill) -> torch.Tensor:
