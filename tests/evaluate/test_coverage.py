@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -148,3 +149,10 @@ def test_bad_input_is_named(arguments, message, tmp_path, capsys):
     file.write_text("{}")
     assert main(["coverage", *(a.format(file=file) for a in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_document_is_made_of_the_results():
+    root = Path(__file__).parents[2]
+    results = coverage.load(root / "bench/results/coverage.json")
+    assert (root / "docs/models.md").read_text() == coverage.table(results)
+    assert len({row.family for row in results.networks}) > 40 and all(row.passed for row in results.networks)
