@@ -352,8 +352,8 @@ Made by `spark-fast coverage`, which does four things with each network of timm:
 
 1. **Dense**: with no pixel masked, all feature maps and all parameters' gradients equal those of the unmodified dense
    network, in training mode and float64, to {exact:g} (relative, Frobenius norms; {single:g} where modules of timm
-   compute in float32 even then: EvoNorm, filter response norm; a gradient below {least:g} of the largest one counts as so
-   large). Parameters are made generic first, so that no branch is multiplied by an initial zero.
+   compute in float32 even then: EvoNorm, filter response norm; a gradient below {least:g} of the largest one counts as
+   that). Parameters are made generic first, so that no branch is multiplied by an initial zero.
 2. **No leak**: masked pixels hold NaN; maps and gradients stay finite, the maps are to the bit the same with other
    values there, and no gradient reaches a masked pixel.
 3. **Gradients**: every parameter that gets a gradient in the dense network gets one.
