@@ -70,6 +70,7 @@ class Encoder(nn.Module):
         model: the backbone; its state dict is the dense model's.
         strides, channels: of the maps used, finest first.
         total_stride: the coarsest stride.
+        exact: every map's size is the images' divided by its stride; others are resized to it.
 
     Raises:
         ValueError: unknown model or layer, no maps, maps not halving, `in_chans` that the model does not take.

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -116,11 +117,17 @@ def families() -> dict[str, list[str]]:
     return {module: timm.list_models(module=module) for module in timm.list_modules() if module not in EXCLUDED}
 
 
+@cache
+def _families_of() -> dict[str, str]:
+    """timm's module of each architecture."""
+    return {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
+
+
 def candidates(names: Iterable[str]) -> tuple[list[Candidate], dict[str, str]]:
     """The convolutional ones among `names`, and for each of the others why it is left out."""
     found, left_out = [], {}
     for name in names:
-        family = timm.models._registry._model_to_module[name]
+        family = _families_of()[name]
         if family in EXCLUDED:
             left_out[name] = EXCLUDED[family]
             continue
@@ -396,7 +403,7 @@ def table(results: Results) -> str:
     lines += [f"- {reason}: {', '.join(names.split())}" for reason, names in _FAMILIES.items()]
     single: dict[str, list[str]] = {}
     for name, reason in left_out.items():
-        if timm.models._registry._model_to_module[name] not in EXCLUDED:
+        if _families_of()[name] not in EXCLUDED:
             single.setdefault(reason, []).append(name)
     if single:
         lines += ["", "Networks of other families:", ""]

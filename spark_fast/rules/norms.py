@@ -69,7 +69,7 @@ def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
 
 
 def group_norm(x: SparseTensor, groups: int, weight, bias, eps: float) -> SparseTensor:
-    """Group norm of each image's active pixels (METHOD: spatial reductions go over active pixels)."""
+    """Group norm with the statistics of each image's active pixels."""
     channels = x.features.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm: num_groups={groups} does not divide the {channels} channels")

@@ -1,7 +1,8 @@
 """Reductions: over the channels of a pixel, and over the active pixels of an image.
 
 A reduction over space covers the active pixels of each image and gives a dense tensor; an image without any gives 0, a
-softmax over space leaves masked pixels out. Reductions over the batch have no sparse meaning.
+softmax over space leaves masked pixels out. Over the batch there is a sparse meaning together with space only: all
+active pixels.
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ class Reduction:
     Args:
         over_channels: (tensor, dims) -> tensor, keeping the dims.
         over_images: (Images, rows, channel dims) -> (B, *channels), the given channel dims kept as 1.
-        partial: (zero-filled map, mask, dims) -> tensor, keeping the dims; for one of height and width.
+        partial: (zero-filled map, mask, dims) -> tensor, keeping the dims; for one of height and width. None if that
+            has no meaning.
     """
 
-    def __init__(self, name: str, over_channels: Callable, over_images: Callable, partial: Callable):
+    def __init__(self, name: str, over_channels: Callable, over_images: Callable, partial: Callable | None):
         self.name, self.over_channels, self.over_images, self.partial = name, over_channels, over_images, partial
 
     def __call__(self, x: SparseMap, dim, keepdim: bool, dtype: torch.dtype | None = None):
@@ -123,6 +125,8 @@ class Reduction:
         if names >= {"H", "W"}:
             images = Images(x) if "B" not in names else Batch(x)
             out = _as_map(self.over_images(images, rows, reduced).to(out_dtype), x.dims)
+        elif self.partial is None:
+            raise SparseOpError(f"{self.name}{where()}: only over channels, or over both dimensions of space")
         else:
             mask = spread(rows.new_ones(rows.shape[0], *_joined_sizes(x)), x.patches, x.side, x.dims) > 0
             out = self.partial(spread(rows, x.patches, x.side, x.dims), mask, sorted(places)).to(out_dtype)
@@ -154,13 +158,6 @@ def _partial_mean(full, mask, dims):
 def _partial_amax(full, mask, dims):
     lowest = full.masked_fill(~mask, -torch.inf).amax(dims, keepdim=True)
     return torch.where(mask.any(dims, keepdim=True), lowest, 0)
-
-
-def _no_partial(op: str) -> Callable:
-    def refuse(full, mask, dims):
-        raise SparseOpError(f"{op}{where()}: only over channels, or over both dimensions of space")
-
-    return refuse
 
 
 def _mean_rows(images: Images, rows: torch.Tensor, reduced: list[int]) -> torch.Tensor:
@@ -240,7 +237,7 @@ def var_mean(x: SparseMap, dim, keepdim: bool, correction: float) -> tuple:
     """In two passes; the mean is that of the same pixels. Both are 0 for an image without any."""
     places, names = dims_of("var", x, dim)
     if len(names) == 1:
-        _no_partial("var")(None, None, None)
+        raise SparseOpError(f"var{where()}: only over channels, or over both dimensions of space")
     mean = MEAN(x, dim, True, torch.promote_types(x.dtype, torch.float32))
     wide = make(at_least_float(x.features), x, x.dims)
     squares = MEAN(torch.square(wide - mean), dim, True)
@@ -325,9 +322,7 @@ def _adaptive_avg_pool2d(input, output_size):
     return _adaptive("adaptive_avg_pool2d", plain("adaptive_avg_pool2d", input), output_size, MEAN)
 
 
-@rule(
-    F.adaptive_max_pool2d, torch.adaptive_max_pool2d if hasattr(torch, "adaptive_max_pool2d") else F.adaptive_max_pool2d
-)
+@rule(F.adaptive_max_pool2d)
 def _adaptive_max_pool2d(input, output_size, return_indices=False):
     if return_indices:
         raise SparseOpError("adaptive_max_pool2d: return_indices=True has no meaning on packed rows")

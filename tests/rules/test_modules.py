@@ -250,11 +250,13 @@ def compact(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return rows.view(batch, -1, rows.shape[1]).transpose(1, 2).unsqueeze(2)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", GLOBAL)
+def in_both_modes(names) -> list[tuple[str, bool]]:
+    """Each name in evaluation and in training mode, but for what draws rows at random in training."""
+    return [(name, training) for name in names for training in (False, True) if not training or "dropout" not in name]
+
+
+@pytest.mark.parametrize(("name", "training"), in_both_modes(GLOBAL))
 def test_a_module_does_to_the_active_pixels_what_it_does_to_an_image_of_them(name, training):
-    if training and "dropout" in name:
-        pytest.skip("random")
     module = built(GLOBAL[name], training)
     again = built(GLOBAL[name], training)
     again.load_state_dict(module.state_dict())
@@ -293,11 +295,8 @@ def test_images_with_different_numbers_of_pixels(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*no pixel is skipped")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", {**GLOBAL, **LOCAL})
+@pytest.mark.parametrize(("name", "training"), in_both_modes({**GLOBAL, **LOCAL}))
 def test_without_masked_pixels_it_is_the_dense_module(name, training):
-    if training and "dropout" in name:
-        pytest.skip("random")
     make = {**GLOBAL, **LOCAL}[name]
     module, again = built(make, training), built(make, training)
     again.load_state_dict(module.state_dict())
