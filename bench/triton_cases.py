@@ -100,12 +100,14 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
 
     def batch(side, channels, activation, every_config=False, with_residual=False):
         x, c = meta(active.rows(side), channels, dtype=dtype), meta(channels, dtype=FLOAT)
-        residual = (x,) if with_residual else ()
+        residual = x if with_residual else None
 
         def run():
+            triton.batch_statistics(x, c, c, 0.1, 1e-5)
+            triton.batch_apply(x, residual, c, c, c, c, activation)
             for training in (True, False):
-                triton.batch_norm_forward(x, c, c, c, c, training, 0.1, 1e-5, activation, *residual)
-                triton.batch_norm_backward(x, x, c, c, c, c, training, activation, *(residual if activation else ()))
+                kept = residual if activation else None
+                triton.batch_norm_backward(x, x, kept, c, c, c, c, training, activation)
 
         name = f"batch norm {'and residual ' * with_residual}{channels} channels, {activation}, {short(dtype)}"
         yield Case(name, dtype, run, tuple(configs.BATCH) if every_config else ())
@@ -136,9 +138,9 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
                 triton.layer_norm_forward(x, c, c, 1e-6, maps=forward)
                 triton.layer_norm_backward(grad, x, c, c, m, m, maps=backward)
                 return
+            triton.batch_apply(x, None, c, c, c, c, None, maps=forward)
             for training in (True, False):
-                triton.batch_norm_forward(x, c, c, c, c, training, 0.1, 1e-5, None, maps=forward)
-                triton.batch_norm_backward(grad, x, c, c, c, c, training, None, maps=backward)
+                triton.batch_norm_backward(grad, x, None, c, c, c, c, training, None, maps=backward)
 
         name = f"{kind} norm to maps, {channels} channels, side {side}, {short(dtype)}"
         shipped = configs.LAYER if kind == "layer" else configs.BATCH

@@ -217,27 +217,35 @@ void max_pool_grad_input(const py::tuple& where, int64_t element_size, int64_t c
   });
 }
 
-void batch_norm_forward(int64_t element_size, int64_t rows, int64_t channels, Address x, Address weight, Address bias,
-                        Address running_mean, Address running_var, bool training, double momentum, double eps,
-                        int activation, Address y, Address mean, Address rstd, int threads) {
-  const auto act = static_cast<spark::Activation>(activation);
+void batch_statistics(int64_t element_size, int64_t rows, int64_t channels, Address x, double momentum, double eps,
+                      Address running_mean, Address running_var, Address mean, Address rstd, int threads) {
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(batch_norm_forward<T>(rows, channels, at<const T>(x), at<const T>(weight), at<const T>(bias),
-                                         at<T>(running_mean), at<T>(running_var), training, momentum, eps, act,
-                                         at<T>(y), at<T>(mean), at<T>(rstd), threads));
+    SPARK_DISPATCH(batch_statistics<T>(rows, channels, at<const T>(x), momentum, eps, at<T>(running_mean),
+                                       at<T>(running_var), at<T>(mean), at<T>(rstd), threads));
   });
 }
 
-void batch_norm_backward(int64_t element_size, int64_t rows, int64_t channels, Address dy, Address x, Address weight,
-                         Address bias, Address mean, Address rstd, bool training, int activation, Address dx,
-                         Address dweight, Address dbias, int threads) {
+void batch_apply(int64_t element_size, int64_t rows, int64_t channels, Address x, Address residual, Address mean,
+                 Address rstd, Address weight, Address bias, int activation, Address y, int threads) {
   const auto act = static_cast<spark::Activation>(activation);
   with_type(element_size, [&](auto type) {
     typedef decltype(type) T;
-    SPARK_DISPATCH(batch_norm_backward<T>(rows, channels, at<const T>(dy), at<const T>(x), at<const T>(weight),
-                                          at<const T>(bias), at<const T>(mean), at<const T>(rstd), training, act,
-                                          at<T>(dx), at<T>(dweight), at<T>(dbias), threads));
+    SPARK_DISPATCH(batch_apply<T>(rows, channels, at<const T>(x), at<const T>(residual), at<const T>(mean),
+                                  at<const T>(rstd), at<const T>(weight), at<const T>(bias), act, at<T>(y), threads));
+  });
+}
+
+void batch_norm_backward(int64_t element_size, int64_t rows, int64_t channels, Address dy, Address x, Address residual,
+                         Address weight, Address bias, Address mean, Address rstd, bool training, int activation,
+                         Address dx, Address dresidual, Address dweight, Address dbias, int threads) {
+  const auto act = static_cast<spark::Activation>(activation);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(batch_norm_backward<T>(rows, channels, at<const T>(dy), at<const T>(x), at<const T>(residual),
+                                          at<const T>(weight), at<const T>(bias), at<const T>(mean), at<const T>(rstd),
+                                          training, act, at<T>(dx), at<T>(dresidual), at<T>(dweight), at<T>(dbias),
+                                          threads));
   });
 }
 
@@ -322,7 +330,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("patch_loss_grad", &patch_loss_grad);
   m.def("depthwise_gather", &depthwise_gather);
   m.def("depthwise_grad_weight", &depthwise_grad_weight);
-  m.def("batch_norm_forward", &batch_norm_forward);
+  m.def("batch_statistics", &batch_statistics);
+  m.def("batch_apply", &batch_apply);
   m.def("batch_norm_backward", &batch_norm_backward);
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward", &layer_norm_backward);

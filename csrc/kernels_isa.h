@@ -58,18 +58,22 @@ template <typename T>
 void max_pool_grad_input(const Geometry& g, int64_t channels, const T* grad, const int16_t* argmax, T* query,
                          int threads);
 
-// y = activation(batch norm of x [rows, channels]). In training mean and rstd [channels] are the batch's, and the
-// running statistics (each may be null) are updated; else they come from those.
+// mean and 1 / deviation (rstd) [channels] of x [rows, channels]; the running statistics, each of which may be null,
+// are updated.
 template <typename T>
-void batch_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias, T* running_mean,
-                        T* running_var, bool training, double momentum, double eps, Activation, T* y, T* mean, T* rstd,
-                        int threads);
+void batch_statistics(int64_t rows, int64_t channels, const T* x, double momentum, double eps, T* running_mean,
+                      T* running_var, T* mean, T* rstd, int threads);
 
-// dx may be null.
+// y = activation((x - mean) * rstd * weight + bias + residual); residual, weight and bias may be null.
 template <typename T>
-void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* bias,
-                         const T* mean, const T* rstd, bool training, Activation, T* dx, T* dweight, T* dbias,
-                         int threads);
+void batch_apply(int64_t rows, int64_t channels, const T* x, const T* residual, const T* mean, const T* rstd,
+                 const T* weight, const T* bias, Activation, T* y, int threads);
+
+// dx may be null. dresidual is written if there is a residual.
+template <typename T>
+void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* residual, const T* weight,
+                         const T* bias, const T* mean, const T* rstd, bool training, Activation, T* dx, T* dresidual,
+                         T* dweight, T* dbias, int threads);
 
 // Over the channels of each row; mean and rstd [rows].
 template <typename T>

@@ -1,5 +1,6 @@
 // Batch norm over rows, with an optional activation.
 #include <numeric>
+#include <type_traits>
 
 #include "norm.h"
 
@@ -157,13 +158,36 @@ struct Affine {
   Affine(const Parts<T>& parts, const T* weight, const T* bias, const T* mean, const T* rstd)
       : scale(parts.joined([=](int64_t c) { return weight ? weight[c] * rstd[c] : rstd[c]; })),
         shift(parts.joined([&](int64_t c) { return (bias ? bias[c] : 0.) - double(mean[c]) * scale[c]; })) {}
+
+  // What goes into the activation at an element; `residual` as with_residual gives it.
+  template <typename Residual>
+  auto before_activation(const T* x, Residual residual) const {
+    return [=, scale = scale.data(), shift = shift.data()](auto tag, int64_t i, int64_t c) {
+      typedef decltype(tag) V;
+      const V y = get<V>(x + i) * get<V>(scale + c) + get<V>(shift + c);
+      if constexpr (std::is_pointer_v<Residual>) return V(y + get<V>(residual + i));
+      return y;
+    };
+  }
 };
+
+// Calls call(residual), or call(nullptr) of a type that is no pointer, where there is none.
+template <typename T, typename Call>
+void with_residual(const T* residual, Call call) {
+  if (residual)
+    call(residual);
+  else
+    call(nullptr);
+}
+
+}  // namespace
 
 // Mean and variance of the batch, and the running ones brought up to date.
 template <typename T>
-void batch_statistics(const Parts<T>& parts, int64_t rows, const T* x, double momentum, double eps, T* running_mean,
+void batch_statistics(int64_t rows, int64_t channels, const T* x, double momentum, double eps, T* running_mean,
                       T* running_var, T* mean, T* rstd, int threads) {
-  const int64_t channels = parts.channels, sampled = std::min(rows, kPivotRows);
+  const Parts<T> parts(rows, channels);
+  const int64_t sampled = std::min(rows, kPivotRows);
   std::vector<double> sampled_sum(channels);
   for (int64_t i = 0; i < sampled; ++i) {
     const T* const row = x + rows * i / sampled * channels;
@@ -189,84 +213,75 @@ void batch_statistics(const Parts<T>& parts, int64_t rows, const T* x, double mo
   }
 }
 
-}  // namespace
-
 template <typename T>
-void batch_norm_forward(int64_t rows, int64_t channels, const T* x, const T* weight, const T* bias, T* running_mean,
-                        T* running_var, bool training, double momentum, double eps, Activation activation, T* y,
-                        T* mean, T* rstd, int threads) {
+void batch_apply(int64_t rows, int64_t channels, const T* x, const T* residual, const T* mean, const T* rstd,
+                 const T* weight, const T* bias, Activation activation, T* y, int threads) {
   const Parts<T> parts(rows, channels);
-  if (training)
-    batch_statistics(parts, rows, x, momentum, eps, running_mean, running_var, mean, rstd, threads);
-  else
-    for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = running_mean[c];
-      rstd[c] = static_cast<T>(1 / std::sqrt(running_var[c] + eps));
-    }
   const Affine<T> affine(parts, weight, bias, mean, rstd);
-  const T *scale = affine.scale.data(), *shift = affine.shift.data();
   with_activation(activation, [&](auto constant) {
-    write_all(
-        parts,
-        [=](auto tag, int64_t i, int64_t c) {
-          typedef decltype(tag) V;
-          return activate<decltype(constant)::value>(V(get<V>(x + i) * get<V>(scale + c) + get<V>(shift + c)));
-        },
-        y, threads);
+    with_residual(residual, [&](auto added) {
+      const auto before = affine.before_activation(x, added);
+      write_all(
+          parts, [=](auto tag, int64_t i, int64_t c) { return activate<decltype(constant)::value>(before(tag, i, c)); },
+          y, threads);
+    });
   });
 }
 
 template <typename T>
-void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* bias,
-                         const T* mean, const T* rstd, bool training, Activation activation, T* dx, T* dweight,
-                         T* dbias, int threads) {
+void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* residual, const T* weight,
+                         const T* bias, const T* mean, const T* rstd, bool training, Activation activation, T* dx,
+                         T* dresidual, T* dweight, T* dbias, int threads) {
   const Parts<T> parts(rows, channels);
   const Affine<T> affine(parts, weight, bias, mean, rstd);
   const std::vector<T> centers = parts.joined([=](int64_t c) { return mean[c]; });
-  const T *scale = affine.scale.data(), *shift = affine.shift.data(), *center = centers.data();
+  const T *scale = affine.scale.data(), *center = centers.data();
   with_activation(activation, [&](auto constant) {
-    const auto gradient = [=](auto value, auto tag, int64_t i, int64_t c) {
-      typedef decltype(tag) V;
-      const V out = value * get<V>(scale + c) + get<V>(shift + c);
-      return activation_gradient<decltype(constant)::value>(out, get<V>(dy + i));
-    };
-    const std::vector<double> sums = sum_rows(
-        parts,
-        [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
-          typedef decltype(tag) V;
-          const V value = get<V>(x + i);
-          first = gradient(value, tag, i, c);
-          second = first * (value - get<V>(center + c));
-        },
-        threads);
-    for (int64_t c = 0; c < channels; ++c) {
-      dbias[c] = static_cast<T>(sums[c]);
-      dweight[c] = static_cast<T>(sums[channels + c] * rstd[c]);
-    }
-    if (!dx) return;
-    // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat), the statistics being constant in evaluation.
-    const auto share = [=](double sum) { return training ? -sum / rows : 0; };  // 0 even of an infinite sum
-    const std::vector<T> slopes =
-        parts.joined([&](int64_t c) { return share(sums[channels + c]) * rstd[c] * rstd[c] * scale[c]; });
-    const std::vector<T> offsets = parts.joined([&](int64_t c) { return share(sums[c]) * scale[c]; });
-    const T *slope = slopes.data(), *offset = offsets.data();
-    write_all(
-        parts,
-        [=](auto tag, int64_t i, int64_t c) {
-          typedef decltype(tag) V;
-          const V value = get<V>(x + i), away = value - get<V>(center + c);
-          const V rest = away * get<V>(slope + c) + get<V>(offset + c);
-          return V(gradient(value, tag, i, c) * get<V>(scale + c) + rest);
-        },
-        dx, threads);
+    with_residual(residual, [&](auto added) {
+      const auto before = affine.before_activation(x, added);
+      const auto gradient = [=](auto tag, int64_t i, int64_t c) {
+        typedef decltype(tag) V;
+        if constexpr (decltype(constant)::value == Activation::none) return get<V>(dy + i);
+        return activation_gradient<decltype(constant)::value>(before(tag, i, c), get<V>(dy + i));
+      };
+      const std::vector<double> sums = sum_rows(
+          parts,
+          [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
+            typedef decltype(tag) V;
+            first = gradient(tag, i, c);
+            second = first * (get<V>(x + i) - get<V>(center + c));
+          },
+          threads);
+      for (int64_t c = 0; c < channels; ++c) {
+        dbias[c] = static_cast<T>(sums[c]);
+        dweight[c] = static_cast<T>(sums[channels + c] * rstd[c]);
+      }
+      if (!dx) return;
+      // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat), the statistics being constant in evaluation.
+      const auto share = [=](double sum) { return training ? -sum / rows : 0; };  // 0 even of an infinite sum
+      const std::vector<T> slopes =
+          parts.joined([&](int64_t c) { return share(sums[channels + c]) * rstd[c] * rstd[c] * scale[c]; });
+      const std::vector<T> offsets = parts.joined([&](int64_t c) { return share(sums[c]) * scale[c]; });
+      const T *slope = slopes.data(), *offset = offsets.data();
+      write_all(
+          parts,
+          [=](auto tag, int64_t i, int64_t c) {
+            typedef decltype(tag) V;
+            const V away = get<V>(x + i) - get<V>(center + c), g = gradient(tag, i, c);
+            if constexpr (std::is_pointer_v<decltype(added)>) put(dresidual + i, g);
+            return V(g * get<V>(scale + c) + (away * get<V>(slope + c) + get<V>(offset + c)));
+          },
+          dx, threads);
+    });
   });
 }
 
 #define SPARK_INSTANTIATE(T)                                                                                         \
-  template void batch_norm_forward<T>(int64_t, int64_t, const T*, const T*, const T*, T*, T*, bool, double, double,  \
-                                      Activation, T*, T*, T*, int);                                                  \
+  template void batch_statistics<T>(int64_t, int64_t, const T*, double, double, T*, T*, T*, T*, int);                \
+  template void batch_apply<T>(int64_t, int64_t, const T*, const T*, const T*, const T*, const T*, const T*,         \
+                               Activation, T*, int);                                                                 \
   template void batch_norm_backward<T>(int64_t, int64_t, const T*, const T*, const T*, const T*, const T*, const T*, \
-                                       bool, Activation, T*, T*, T*, int);
+                                       const T*, bool, Activation, T*, T*, T*, T*, int);
 SPARK_INSTANTIATE(float)
 SPARK_INSTANTIATE(double)
 

@@ -80,13 +80,27 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
             norm.layer_norm_backward,
             (x.detach(), x.detach(), t(c, grad=False), None, [True, True, False], column, column, ""),
         ),
-        "batch norm, eval": (
-            norm.batch_norm_forward,
-            (x, t(c), t(c), t(c, grad=False), torch.ones(c, dtype=dtype), False, 0.1, 1e-5, "relu6", ""),
+        "batch norm": (norm.batch_forward, (x, t(rows, c), vector, vector, t(c), t(c), True, "relu", "")),
+        "batch norm, eval, forced": (
+            norm.batch_forward,
+            (x, t(rows, c), vector, vector, t(c), t(c), False, None, "reference"),
         ),
+        "batch norm, plain": (norm.batch_forward, (x, None, vector, vector, None, None, True, "relu6", "")),
         "batch norm grad": (
             norm.batch_norm_backward,
-            (x.detach(), x.detach(), None, None, [True, False, False], vector, vector, True, "relu", ""),
+            (
+                x.detach(),
+                x.detach(),
+                x.detach(),
+                vector,
+                vector,
+                None,
+                t(c, grad=False),
+                [True, False, True, True],
+                True,
+                "relu",
+                "",
+            ),
         ),
         "layer norm to maps": (norm.layer_scatter_forward, (x, t(c), t(c), t(c), 1e-5, SIDE, "", "", *tables)),
         "layer norm to maps, plain, forced": (
@@ -98,38 +112,28 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
             (
                 image.detach(),
                 x.detach(),
+                column,
+                column,
                 t(c, grad=False),
                 None,
                 [True, True, False],
-                column,
-                column,
                 SIDE,
                 "",
                 "",
                 *tables,
             ),
         ),
-        "batch norm to maps, eval": (
+        "batch norm to maps": (
             norm.batch_scatter_forward,
-            (
-                x,
-                t(c),
-                t(c),
-                t(c),
-                t(c, grad=False),
-                torch.ones(c, dtype=dtype),
-                False,
-                0.1,
-                1e-5,
-                SIDE,
-                "",
-                "",
-                *tables,
-            ),
+            (x, t(c), vector, vector, t(c), t(c), True, SIDE, "", "", *tables),
+        ),
+        "batch norm to maps, eval, plain": (
+            norm.batch_scatter_forward,
+            (x, None, vector, vector, None, None, False, SIDE, "", "", *tables),
         ),
         "batch norm of maps grad": (
             norm.batch_scatter_backward,
-            (image.detach(), x.detach(), None, None, [True, False, False], vector, vector, True, SIDE, "", "", *tables),
+            (image.detach(), x.detach(), vector, vector, None, None, [True, False, False], True, SIDE, "", "", *tables),
         ),
         "gather": (densify.gather, (image, "", *tables)),
         "scatter": (densify.scatter, (x, t(c), SIDE, "", *tables)),
@@ -138,11 +142,8 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
     }
     if rows >= 2:
         running = (t(c, grad=False), torch.ones(c, dtype=dtype))
-        settings = (True, 0.1, 1e-5, "relu", "")
-        cases["batch norm"] = (norm.batch_norm_forward, (x, t(c), t(c), *running, *settings))
-        cases["batch norm, plain"] = (norm.batch_norm_forward, (x, None, None, None, None, *settings))
-        where = (True, 0.1, 1e-5, SIDE, "", "", *tables)
-        cases["batch norm to maps"] = (norm.batch_scatter_forward, (x, t(c), t(c), t(c), *running, *where))
+        cases["batch statistics"] = (norm.statistics, (x.detach(), *running, 0.1, 1e-5, ""))
+        cases["batch statistics, not kept"] = (norm.statistics, (x.detach(), None, None, 0.1, 1e-5, ""))
     if dtype in (torch.float32, torch.float64):
         scalar = torch.ones((), dtype=dtype)
         cases["loss"] = (loss.forward, (image, image.detach() * 2 + 1, "", *tables))
@@ -153,7 +154,7 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
 
 CASES = list(registered_cases(sf.ActivePatches(torch.ones(1, 2, 2, dtype=torch.bool)), torch.float32))
 # A batch norm trains on two active pixels at least.
-TOO_FEW = {(name, "none") for name in ("batch norm", "batch norm, plain", "batch norm to maps")}
+TOO_FEW = {(name, "none") for name in ("batch statistics", "batch statistics, not kept")}
 
 
 @pytest.mark.parametrize(

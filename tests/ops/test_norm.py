@@ -200,12 +200,10 @@ def check_layer_norm(size, dtype, affine, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_library_is_pytorchs_own_result(dtype):
+def test_the_librarys_layer_norm_is_pytorchs_own_result(dtype):
     x, w, b = (torch.randn(s).to(dtype) for s in ((50, 9), (9,), (9,)))
     with use_backend("library", "norm"):
         assert torch.equal(layer_norm(x, w, b), F.layer_norm(x, (9,), w, b))
-        out = batch_norm(x, None, None, w, b, training=True)
-    torch.testing.assert_close(out, F.batch_norm(x, None, None, w, b, training=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

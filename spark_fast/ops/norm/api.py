@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
 from spark_fast.ops.norm import graph
 
-IN_PLACE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
+ACTIVATIONS = (None, "relu", "relu6")
 
 
 def batch_norm(
@@ -43,19 +42,67 @@ def batch_norm(
             another shape or device, or an unknown activation.
     """
     check_batch_norm("batch_norm", features, running_mean, running_var, weight, bias, training)
-    if activation not in (None, "relu", "relu6"):
-        raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6'; got {activation!r}")
-    checks.check_like("batch_norm", "residual", residual, features, tuple(features.shape))
-    running, settings = (running_mean, running_var), (bool(training), float(momentum), float(eps))
+    _check_end("batch_norm", features, activation, residual)
+    statistics = batch_statistics(features, running_mean, running_var, training, momentum, eps)
+    return batch_apply(features, *statistics, training, weight, bias, activation, residual)
+
+
+def batch_statistics(
+    features: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first half of `batch_norm`: mean and 1 / deviation (C,), in at least float32, for `batch_apply`.
+
+    In training they are those of the rows, and the running statistics are updated; else they come from those.
+    `batch_apply` gives the gradients: these are constants to autograd. Arguments and errors as for `batch_norm`.
+    """
+    check_batch_norm("batch_statistics", features, running_mean, running_var, None, None, training)
+    if not training:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return running_mean.detach().to(wide, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
+    settings = (running_mean, running_var, float(momentum), float(eps))
     if torch.compiler.is_compiling():
-        fused = activation if residual is None else None
-        out = graph.batch_norm(features, *running, weight, bias, *settings, fused)
-        return out if residual is None else IN_PLACE[activation](out + residual)
+        return graph.batch_statistics(features.detach(), *settings)
     run = backend.select("norm", features.device, features.dtype, features)
-    if residual is None or hasattr(run, "FUSES_RESIDUAL"):
-        return BatchNormFunction.apply(features, weight, bias, residual, running, (*settings, activation), run)
-    out = BatchNormFunction.apply(features, weight, bias, None, running, (*settings, None), run)
-    return IN_PLACE[activation](out.add_(residual))
+    with torch.no_grad():
+        return run.batch_statistics(features.contiguous(), *settings)
+
+
+def batch_apply(
+    features: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    training: bool,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The second half of `batch_norm`: activation((features - mean) * rstd * weight + bias + residual).
+
+    Args:
+        mean, rstd: what `batch_statistics(features, ...)` gave, with the same `training`, which says whether the
+            gradient flows through them.
+
+    Other arguments, result and errors as for `batch_norm`.
+    """
+    _check("batch_apply", features)
+    _check_vectors("batch_apply", features, {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias})
+    _check_end("batch_apply", features, activation, residual)
+    if torch.compiler.is_compiling():
+        return graph.batch_apply(features, residual, mean, rstd, weight, bias, bool(training), activation)
+    run = backend.select("norm", features.device, features.dtype, features)
+    return BatchApplyFunction.apply(features, residual, mean, rstd, weight, bias, bool(training), activation, run)
+
+
+def _check_end(op: str, features, activation, residual) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be None, 'relu' or 'relu6'; got {activation!r}")
+    checks.check_like(op, "residual", residual, features, tuple(features.shape))
 
 
 def batch_norm_dense(
@@ -107,28 +154,28 @@ def layer_norm(
     return LayerNormFunction.apply(features, weight, bias, float(eps), run)
 
 
-class BatchNormFunction(torch.autograd.Function):
+class BatchApplyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, bias, residual, running, settings, run):
-        training, momentum, eps, activation = settings
+    def forward(ctx, features, residual, mean, rstd, weight, bias, training, activation, run):
         features = features.contiguous()
-        added = () if residual is None else (residual,)
-        out, mean, rstd = run.batch_norm_forward(
-            features, weight, bias, *running, training, momentum, eps, activation, *added
-        )
         # Neither the output nor what goes into the activation is kept: the backward computes it from the features.
-        ctx.save_for_backward(features, weight, bias, mean, rstd, *(added if activation else ()))
+        kept = residual if activation else None
+        ctx.save_for_backward(features, kept, mean, rstd, weight, bias)
         ctx.settings, ctx.run = (training, activation), run
-        return out
+        return run.batch_apply(features, residual, mean, rstd, weight, bias, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        grads = ctx.run.batch_norm_backward(grad.contiguous(), *saved[:5], *ctx.settings, *saved[5:])
-        if len(grads) == 3:
-            grads = (*grads, grad)  # of a residual without an activation
-        return *wanted_grads(ctx, grads, (*saved[:3], grad)), None, None, None
+        saved = ctx.saved_tensors  # checkpointing lets them be read once
+        features, kept, _, _, weight, bias = saved
+        of_features, of_weight, of_bias, of_residual = ctx.run.batch_norm_backward(
+            grad.contiguous(), *saved, *ctx.settings
+        )
+        if kept is None:
+            of_residual = grad  # without an activation
+        grads = (of_features, of_residual, None, None, of_weight, of_bias)
+        return *wanted_grads(ctx, grads, (features, grad, None, None, weight, bias)), None, None, None
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -10,33 +10,40 @@ from spark_fast.ops.native import address, computing, unavailable  # noqa: F401 
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
-def batch_norm_forward(
-    features, weight, bias, running_mean, running_var, training, momentum, eps, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight, bias, *running = computing(features, weight, bias, running_mean, running_var)
-    out, mean, rstd = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-    native.module().batch_norm_forward(
-        x.element_size(), *x.shape, address(x), address(weight), address(bias), *(address(r) for r in running),
-        training, momentum, eps, ACTIVATIONS[activation], address(out), address(mean), address(rstd),
-        torch.get_num_threads(),
+def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    x, *running = computing(features, running_mean, running_var)
+    mean, rstd = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    native.module().batch_statistics(
+        x.element_size(), *x.shape, address(x), momentum, eps, *(address(r) for r in running), address(mean),
+        address(rstd), torch.get_num_threads(),
     )  # fmt: skip
-    if training:
-        for given, updated in zip((running_mean, running_var), running, strict=True):
-            _write_back(given, updated)
-    return out.to(features.dtype), mean, rstd
+    for given, updated in zip((running_mean, running_var), running, strict=True):
+        _write_back(given, updated)
+    return mean, rstd
+
+
+def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
+    x, residual, mean, rstd, weight, bias = computing(features, residual, mean, rstd, weight, bias)
+    out = torch.empty_like(x)
+    native.module().batch_apply(
+        x.element_size(), *x.shape, address(x), address(residual), address(mean), address(rstd), address(weight),
+        address(bias), ACTIVATIONS[activation], address(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out.to(features.dtype)
 
 
 def batch_norm_backward(
-    grad, features, weight, bias, mean, rstd, training, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, grad, weight, bias = computing(features, grad, weight, bias)
+    grad, features, residual, mean, rstd, weight, bias, training, activation
+) -> tuple[torch.Tensor | None, ...]:
+    x, grad, residual, mean, rstd, weight, bias = computing(features, grad, residual, mean, rstd, weight, bias)
     out, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    grad_residual = None if residual is None else torch.empty_like(x)
     native.module().batch_norm_backward(
-        x.element_size(), *x.shape, address(grad), address(x), address(weight), address(bias), address(mean),
-        address(rstd), training, ACTIVATIONS[activation], address(out), address(grad_weight), address(grad_bias),
-        torch.get_num_threads(),
+        x.element_size(), *x.shape, address(grad), address(x), address(residual), address(weight), address(bias),
+        address(mean), address(rstd), training, ACTIVATIONS[activation], address(out), address(grad_residual),
+        address(grad_weight), address(grad_bias), torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(features.dtype), grad_weight, grad_bias
+    return out.to(features.dtype), grad_weight, grad_bias, grad_residual
 
 
 def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,23 +13,22 @@ from spark_fast.ops.densify.graph import grad_fill
 from spark_fast.ops.norm.maps import Maps
 from spark_fast.patches import ActivePatches
 
-BATCH_NORM = "bool training, float momentum, float eps, str? activation, str backend"
 MAPS = f"SymInt side, str backend, str copies, {graph.TABLES}"  # dense maps of patches
 
 
-def batch_norm(features, running_mean, running_var, weight, bias, training, momentum, eps, activation) -> torch.Tensor:
-    settings = (training, momentum, eps, activation, backend.forced_in_graphs("norm"))
-    out, _, _, *updated = batch_norm_forward(features, weight, bias, running_mean, running_var, *settings)
-    if training:
-        _update((running_mean, running_var), updated)
-    return out
-
-
-def _update(running, updated) -> None:
+def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    running = (running_mean, running_var)
+    mean, rstd, *updated = statistics(features, *running, momentum, eps, backend.forced_in_graphs("norm"))
     with torch.no_grad():
         for given, new in zip(running, updated, strict=True):
             if given is not None:
                 given.copy_(new)
+    return mean, rstd
+
+
+def batch_apply(features, residual, mean, rstd, weight, bias, training, activation) -> torch.Tensor:
+    settings = (training, activation, backend.forced_in_graphs("norm"))
+    return batch_forward(features, residual, mean, rstd, weight, bias, *settings)
 
 
 def layer_norm(features, weight, bias, eps: float) -> torch.Tensor:
@@ -40,67 +39,66 @@ def _statistics(features, *size: int) -> torch.Tensor:
     return features.new_empty(size, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
-def _kept(features) -> torch.Tensor:
+def _kept(features, *_) -> torch.Tensor:
     """The result's strides are those of packed rows."""
     return features.new_empty(features.shape)
 
 
-def _batch_norm_outputs(features, weight, bias, running_mean, running_var, training, *_):
-    return _kept(features), *_batch_statistics(features, running_mean, running_var, training)
-
-
-def _batch_statistics(features, running_mean, running_var, training):
+def _found_statistics(features, running_mean, running_var, *_):
     updated = (
-        running.new_empty(running.shape if training else (0,)) if running is not None else features.new_empty(0)
+        features.new_empty(0) if running is None else running.new_empty(running.shape)
         for running in (running_mean, running_var)
     )
     return *(_statistics(features, features.shape[1]) for _ in "12"), *updated
 
 
 @graph.op(
-    "norm_batch_norm_forward(Tensor features, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-    f"{BATCH_NORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_batch_norm_outputs,
+    "norm_batch_statistics(Tensor features, Tensor? running_mean, Tensor? running_var, float momentum, float eps, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_found_statistics,
 )
-def batch_norm_forward(features, weight, bias, running_mean, running_var, training, momentum, eps, activation, forced):
-    run, running = graph.run("norm", forced, features), _writable((running_mean, running_var), training)
-    out, *statistics = run.batch_norm_forward(
-        features.contiguous(), weight, bias, *running, training, momentum, eps, activation
-    )
-    return out.contiguous(), *_wide(features, statistics), *_updated(features, running, training)
-
-
-def _writable(running, training) -> list[torch.Tensor | None]:
-    """The statistics, or in training copies that the backend may change."""
-    if not training:
-        return list(running)
-    return [None if r is None else r.clone(memory_format=torch.contiguous_format) for r in running]
-
-
-def _updated(features, running, training) -> list[torch.Tensor]:
-    return [features.new_empty(0) if r is None else (r if training else r.new_empty(0)) for r in running]
+def statistics(features, running_mean, running_var, momentum, eps, forced):
+    """Mean, 1 / deviation, and the running statistics brought up to date."""
+    run = graph.run("norm", forced, features)
+    running = [
+        None if r is None else r.clone(memory_format=torch.contiguous_format) for r in (running_mean, running_var)
+    ]
+    found = run.batch_statistics(features.contiguous(), *running, momentum, eps)
+    return *_wide(features, found), *(features.new_empty(0) if r is None else r for r in running)
 
 
 def _wide(features, statistics) -> list[torch.Tensor]:
     return [s.to(torch.promote_types(features.dtype, torch.float32)) for s in statistics]
 
 
-def _wanted_grads(grad, features, weight, bias, wanted):
-    like = (features, weight, bias)
-    return [t.new_empty(t.shape) for t, w in zip(like, wanted, strict=True) if w]
+@graph.op(
+    "norm_batch_apply(Tensor features, Tensor? residual, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    "bool training, str? activation, str backend) -> Tensor",
+    fake=_kept,
+)
+def batch_forward(features, residual, mean, rstd, weight, bias, training, activation, forced):
+    run = graph.run("norm", forced, features)
+    return run.batch_apply(features.contiguous(), residual, mean, rstd, weight, bias, activation).contiguous()
+
+
+def _wanted_grads(inputs, wanted):
+    return [t.new_empty(t.shape) for t, w in zip(inputs, wanted, strict=True) if w]
 
 
 @graph.op(
-    "norm_batch_norm_backward(Tensor grad, Tensor features, Tensor? weight, Tensor? bias, bool[] wanted, Tensor mean, "
-    "Tensor rstd, bool training, str? activation, str backend) -> Tensor[]",
-    fake=lambda grad, features, weight, bias, wanted, *_: _wanted_grads(grad, features, weight, bias, wanted),
+    "norm_batch_norm_backward(Tensor grad, Tensor features, Tensor? residual, Tensor mean, Tensor rstd, "
+    "Tensor? weight, Tensor? bias, bool[] wanted, bool training, str? activation, str backend) -> Tensor[]",
+    fake=lambda grad, features, residual, mean, rstd, weight, bias, wanted, *_: _wanted_grads(
+        (features, weight, bias, residual), wanted
+    ),
 )
-def batch_norm_backward(grad, features, weight, bias, wanted, mean, rstd, training, activation, forced):
+def batch_norm_backward(grad, features, residual, mean, rstd, weight, bias, wanted, training, activation, forced):
+    """Of features, weight, bias and residual, those that are wanted."""
     run = graph.run("norm", forced, features)
     grads = run.batch_norm_backward(
-        grad.contiguous(), features.contiguous(), weight, bias, mean, rstd, training, activation
+        grad.contiguous(), features.contiguous(), residual, mean, rstd, weight, bias, training, activation
     )
-    return _cast(grads, (features, weight, bias), wanted)
+    return _cast(grads, (features, weight, bias, residual), wanted)
 
 
 def _cast(grads, inputs, wanted) -> list[torch.Tensor]:
@@ -114,19 +112,23 @@ def _apart(t: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_batch_norm(ctx, inputs, output) -> None:
-    features, weight, bias, _, _, training, _, _, activation, forced = inputs
-    ctx.save_for_backward(features, weight, bias, output[1], output[2])
-    ctx.settings = training, activation, forced
+    features, residual, mean, rstd, weight, bias, *ctx.settings = inputs
+    activation = ctx.settings[1]
+    ctx.save_for_backward(features, residual if activation else None, mean, rstd, weight, bias)
 
 
-def _batch_norm_backward(ctx, grad, *_):
-    features, weight, bias, mean, rstd = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    found = iter(batch_norm_backward(grad, features, weight, bias, wanted, mean, rstd, *ctx.settings))
-    return *(next(found) if w else None for w in wanted), *[None] * 7
+def _batch_norm_backward(ctx, grad):
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    masked = saved[1] is not None  # else the residual's gradient is `grad`
+    wanted = [needed[0], needed[4], needed[5], needed[1] and masked]
+    found = iter(batch_norm_backward(grad, *saved, wanted, *ctx.settings))
+    of_features, of_weight, of_bias, of_residual = (next(found) if w else None for w in wanted)
+    if needed[1] and not masked:
+        of_residual = grad
+    return of_features, of_residual, None, None, of_weight, of_bias, None, None, None
 
 
-batch_norm_forward.register_autograd(_batch_norm_backward, setup_context=_keep_batch_norm)
+batch_forward.register_autograd(_batch_norm_backward, setup_context=_keep_batch_norm)
 
 
 def _layer_norm_outputs(features, *_):
@@ -146,7 +148,7 @@ def layer_norm_forward(features, weight, bias, eps, forced):
 @graph.op(
     "norm_layer_norm_backward(Tensor grad, Tensor features, Tensor? weight, Tensor? bias, bool[] wanted, Tensor mean, "
     "Tensor rstd, str backend) -> Tensor[]",
-    fake=lambda grad, features, weight, bias, wanted, *_: _wanted_grads(grad, features, weight, bias, wanted),
+    fake=lambda grad, features, weight, bias, wanted, *_: _wanted_grads((features, weight, bias), wanted),
 )
 def layer_norm_backward(grad, features, weight, bias, wanted, mean, rstd, forced):
     run = graph.run("norm", forced, features)
@@ -170,17 +172,13 @@ layer_norm_forward.register_autograd(_layer_norm_backward, setup_context=_keep_l
 
 
 def batch_norm_scatter(
-    features, running_mean, running_var, weight, bias, fill, training, momentum, eps, patches, side
+    features, fill, mean, rstd, weight, bias, training: bool, patches: ActivePatches, side: int
 ) -> torch.Tensor:
-    running, where = (running_mean, running_var), _where(patches, side)
-    out, _, _, *updated = batch_scatter_forward(features, weight, bias, fill, *running, training, momentum, eps, *where)
-    if training:
-        _update(running, updated)
-    return out
+    return batch_scatter_forward(features, fill, mean, rstd, weight, bias, training, *_where(patches, side))
 
 
-def layer_norm_scatter(features, weight, bias, fill, eps: float, patches: ActivePatches, side: int) -> torch.Tensor:
-    return layer_scatter_forward(features, weight, bias, fill, eps, *_where(patches, side))[0]
+def layer_norm_scatter(features, fill, weight, bias, eps: float, patches: ActivePatches, side: int) -> torch.Tensor:
+    return layer_scatter_forward(features, fill, weight, bias, eps, *_where(patches, side))[0]
 
 
 def _where(patches: ActivePatches, side: int) -> tuple:
@@ -200,90 +198,90 @@ def _empty_maps(features, side, forced, forced_copies, coords, grid_to_patch, pe
     return features.new_empty(batch, gh * side, gw * side, features.shape[1]).permute(0, 3, 1, 2)
 
 
-def _batch_scatter_outputs(features, weight, bias, fill, running_mean, running_var, training, momentum, eps, *where):
-    return _empty_maps(features, *where), *_batch_statistics(features, running_mean, running_var, training)
+@graph.op(
+    "norm_batch_scatter_forward(Tensor features, Tensor? fill, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    f"bool training, {MAPS}) -> Tensor",
+    fake=lambda features, fill, mean, rstd, weight, bias, training, *where: _empty_maps(features, *where),
+)
+def batch_scatter_forward(features, fill, mean, rstd, weight, bias, training, *where):
+    return _maps(features, *where).batch_norm(features.contiguous(), fill, mean, rstd, weight, bias)
 
 
 @graph.op(
-    "norm_batch_scatter_forward(Tensor features, Tensor? weight, Tensor? bias, Tensor? fill, Tensor? running_mean, "
-    f"Tensor? running_var, bool training, float momentum, float eps, {MAPS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_batch_scatter_outputs,
+    "norm_batch_scatter_backward(Tensor grad, Tensor features, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    f"bool[] wanted, bool training, {MAPS}) -> Tensor[]",
+    fake=lambda grad, features, mean, rstd, weight, bias, wanted, *_: _wanted_grads((features, weight, bias), wanted),
 )
-def batch_scatter_forward(features, weight, bias, fill, running_mean, running_var, training, momentum, eps, *where):
-    maps, running = _maps(features, *where), _writable((running_mean, running_var), training)
-    settings = (weight, bias, *running, training, momentum, eps, None)
-    out, *statistics = maps.forward("batch_norm", features.contiguous(), fill, *settings)
-    return out, *_wide(features, statistics), *_updated(features, running, training)
-
-
-@graph.op(
-    "norm_batch_scatter_backward(Tensor grad, Tensor features, Tensor? weight, Tensor? bias, bool[] wanted, "
-    f"Tensor mean, Tensor rstd, bool training, {MAPS}) -> Tensor[]",
-    fake=lambda grad, features, weight, bias, wanted, *_: _wanted_grads(grad, features, weight, bias, wanted),
-)
-def batch_scatter_backward(grad, features, weight, bias, wanted, mean, rstd, training, *where):
-    saved = (features.contiguous(), weight, bias, mean, rstd, training, None)
-    return _cast(_maps(features, *where).backward("batch_norm", grad, *saved), (features, weight, bias), wanted)
+def batch_scatter_backward(grad, features, mean, rstd, weight, bias, wanted, training, *where):
+    maps = _maps(features, *where)
+    grads = maps.batch_norm_backward(grad, features.contiguous(), mean, rstd, weight, bias, training)
+    return _cast(grads, (features, weight, bias), wanted)
 
 
 def _keep_batch_scatter(ctx, inputs, output) -> None:
-    features, weight, bias, _, _, _, ctx.training, _, _, *ctx.where, coords, grid_to_patch, ctx.per_image = inputs
-    ctx.save_for_backward(features, weight, bias, output[1], output[2], coords, grid_to_patch)
+    features, _, mean, rstd, weight, bias, ctx.training, *where = inputs
+    _keep_scatter(ctx, (features, mean, rstd, weight, bias), where)
 
 
-def _batch_scatter_backward(ctx, grad, *_):
+def _keep_scatter(ctx, tensors, where) -> None:
+    *ctx.where, coords, grid_to_patch, ctx.per_image = where
+    ctx.save_for_backward(*tensors, coords, grid_to_patch)
+
+
+def _kept_for_scatter(ctx) -> tuple[list[torch.Tensor | None], tuple]:
+    """The tensors given to _keep_scatter, and the arguments MAPS."""
     *saved, coords, grid_to_patch = ctx.saved_tensors
-    where = (*ctx.where, coords, grid_to_patch, ctx.per_image)
-    return *_scatter_grads(ctx, batch_scatter_backward, grad, saved, (ctx.training,), where), *[None] * 11
+    return saved, (*ctx.where, coords, grid_to_patch, ctx.per_image)
 
 
-def _scatter_grads(ctx, backward, grad, saved, settings, where) -> tuple[torch.Tensor | None, ...]:
-    """Of features, weight, bias and fill."""
-    features, weight, bias, mean, rstd = saved
-    wanted = list(ctx.needs_input_grad[:3])
-    found = iter(backward(grad, features, weight, bias, wanted, mean, rstd, *settings, *where))
-    fill = grad_fill(grad, *where[2:]) if ctx.needs_input_grad[3] else None
-    return *(next(found) if w else None for w in wanted), fill
+def _batch_scatter_backward(ctx, grad):
+    (saved, where), needed = _kept_for_scatter(ctx), ctx.needs_input_grad
+    wanted = [needed[0], needed[4], needed[5]]
+    found = iter(batch_scatter_backward(grad, *saved, wanted, ctx.training, *where))
+    of_features, of_weight, of_bias = (next(found) if w else None for w in wanted)
+    fill = grad_fill(grad, *where[2:]) if needed[1] else None
+    return of_features, fill, None, None, of_weight, of_bias, *[None] * 7
 
 
 batch_scatter_forward.register_autograd(_batch_scatter_backward, setup_context=_keep_batch_scatter)
 
 
-def _layer_scatter_outputs(features, weight, bias, fill, eps, *where):
+def _layer_scatter_outputs(features, fill, weight, bias, eps, *where):
     return _empty_maps(features, *where), *(_statistics(features, features.shape[0], 1) for _ in "12")
 
 
 @graph.op(
-    "norm_layer_scatter_forward(Tensor features, Tensor? weight, Tensor? bias, Tensor? fill, float eps, "
+    "norm_layer_scatter_forward(Tensor features, Tensor? fill, Tensor? weight, Tensor? bias, float eps, "
     f"{MAPS}) -> (Tensor, Tensor, Tensor)",
     fake=_layer_scatter_outputs,
 )
-def layer_scatter_forward(features, weight, bias, fill, eps, *where):
-    maps = _maps(features, *where)
-    out, *statistics = maps.forward("layer_norm", features.contiguous(), fill, weight, bias, eps)
+def layer_scatter_forward(features, fill, weight, bias, eps, *where):
+    out, *statistics = _maps(features, *where).layer_norm(features.contiguous(), fill, weight, bias, eps)
     return out, *(s.view(-1, 1) for s in _wide(features, statistics))
 
 
 @graph.op(
-    "norm_layer_scatter_backward(Tensor grad, Tensor features, Tensor? weight, Tensor? bias, bool[] wanted, "
-    f"Tensor mean, Tensor rstd, {MAPS}) -> Tensor[]",
-    fake=lambda grad, features, weight, bias, wanted, *_: _wanted_grads(grad, features, weight, bias, wanted),
+    "norm_layer_scatter_backward(Tensor grad, Tensor features, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    f"bool[] wanted, {MAPS}) -> Tensor[]",
+    fake=lambda grad, features, mean, rstd, weight, bias, wanted, *_: _wanted_grads((features, weight, bias), wanted),
 )
-def layer_scatter_backward(grad, features, weight, bias, wanted, mean, rstd, *where):
-    saved = (features.contiguous(), weight, bias, mean, rstd)
-    return _cast(_maps(features, *where).backward("layer_norm", grad, *saved), (features, weight, bias), wanted)
+def layer_scatter_backward(grad, features, mean, rstd, weight, bias, wanted, *where):
+    grads = _maps(features, *where).layer_norm_backward(grad, features.contiguous(), mean, rstd, weight, bias)
+    return _cast(grads, (features, weight, bias), wanted)
 
 
 def _keep_layer_scatter(ctx, inputs, output) -> None:
-    features, weight, bias, _, _, *ctx.where, coords, grid_to_patch, ctx.per_image = inputs
-    ctx.save_for_backward(features, weight, bias, output[1], output[2], coords, grid_to_patch)
+    features, _, weight, bias, _, *where = inputs
+    _keep_scatter(ctx, (features, *output[1:], weight, bias), where)
 
 
 def _layer_scatter_backward(ctx, grad, *_):
-    *saved, coords, grid_to_patch = ctx.saved_tensors
-    where = (*ctx.where, coords, grid_to_patch, ctx.per_image)
-    return *_scatter_grads(ctx, layer_scatter_backward, grad, saved, (), where), *[None] * 7
+    (saved, where), needed = _kept_for_scatter(ctx), ctx.needs_input_grad
+    wanted = [needed[0], needed[2], needed[3]]
+    found = iter(layer_scatter_backward(grad, *saved, wanted, *where))
+    of_features, of_weight, of_bias = (next(found) if w else None for w in wanted)
+    fill = grad_fill(grad, *where[2:]) if needed[1] else None
+    return of_features, fill, of_weight, of_bias, *[None] * 7
 
 
 layer_scatter_forward.register_autograd(_layer_scatter_backward, setup_context=_keep_layer_scatter)

@@ -5,34 +5,39 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-IN_PLACE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
+ACTIVATE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
 
 
-def batch_norm_forward(
-    features, weight, bias, running_mean, running_var, training, momentum, eps, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, bias = _packed(weight), _packed(bias)
-    image, mean, rstd = torch.native_batch_norm(
-        _image(features), weight, bias, running_mean, running_var, training, momentum, eps
-    )
-    if not training:
-        mean = running_mean.clone()
-        rstd = torch.rsqrt(running_var.to(torch.promote_types(running_var.dtype, torch.float32)) + eps)
-    return IN_PLACE[activation](_rows(image)), mean, rstd
+def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = features.shape[0]
+    var, mean = torch.var_mean(_wide(features), 0, correction=0)
+    for running, value in ((running_mean, mean), (running_var, var * (rows / (rows - 1)))):
+        if running is not None:
+            running.lerp_(value.to(running.dtype), momentum)
+    return mean, torch.rsqrt(var + eps)
+
+
+def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
+    return ACTIVATE[activation](_before_activation(features, residual, mean, rstd, weight, bias)).to(features.dtype)
 
 
 def batch_norm_backward(
-    grad, features, weight, bias, mean, rstd, training, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, features, residual, mean, rstd, weight, bias, training, activation
+) -> tuple[torch.Tensor | None, ...]:
     weight = _packed(weight)
-    grad = _before(activation, grad, features, weight, bias, mean, rstd)
+    if activation is not None:
+        y = _before_activation(features, residual, mean, rstd, weight, bias)
+        stops = y <= 0 if activation == "relu" else (y <= 0) | (y >= 6)
+        grad = grad.masked_fill(stops, 0)
+    grad_residual = None if residual is None else grad
     if not training:
         scale = rstd if weight is None else rstd * weight
-        return grad * scale, (grad * (features - mean)).sum(0) * rstd, _sum(grad)
+        return grad * scale, (grad * (features - mean)).sum(0) * rstd, _sum(grad), grad_residual
+    weight = None if weight is None else weight.to(mean.dtype)  # beside half-precision rows as the statistics are
     image, grad_weight, _ = torch.ops.aten.native_batch_norm_backward(
         _image(grad), _image(features), weight, None, None, mean, rstd, True, 0.0, (True, weight is not None, False)
     )
-    return _rows(image), grad_weight, _sum(grad)
+    return _rows(image), grad_weight, _sum(grad), grad_residual
 
 
 def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,14 +75,12 @@ def _rows(image: torch.Tensor) -> torch.Tensor:
     return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1]).detach()
 
 
-def _before(activation, grad, features, weight, bias, mean, rstd) -> torch.Tensor:
-    """The gradient of the activation's input, which is computed again."""
-    if activation is None:
-        return grad
-    y = (features - mean) * rstd
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    y = y.to(grad.dtype)
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, y, 0)
-    return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _before_activation(features, residual, mean, rstd, weight, bias) -> torch.Tensor:
+    y = (_wide(features) - mean).mul_(rstd if weight is None else rstd * weight)
+    for added in (bias, residual):
+        y = y if added is None else y.add_(added)
+    return y

@@ -8,35 +8,34 @@ import torch.nn.functional as F
 ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
-def batch_norm_forward(
-    features, weight, bias, running_mean, running_var, training, momentum, eps, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows, and the mean and the reciprocal deviation (C,) that they were normalised with."""
+def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal deviation (C,); the running statistics are updated in place."""
     x = features.to(torch.promote_types(features.dtype, torch.float32))
-    mean, var = running_mean, running_var
-    if training:
-        mean, var = x.mean(0), x.var(0, correction=0)
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(momentum * mean)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(momentum * x.var(0, correction=1))
-    mean, rstd = mean.to(x.dtype, copy=True), 1 / torch.sqrt(var.to(x.dtype) + eps)
-    out = ACTIVATIONS[activation](_affine((x - mean) * rstd, weight, bias))
-    return out.to(features.dtype), mean, rstd
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(momentum * x.mean(0))
+    if running_var is not None:
+        running_var.mul_(1 - momentum).add_(momentum * x.var(0, correction=1))
+    return x.mean(0), 1 / torch.sqrt(x.var(0, correction=0) + eps)
+
+
+def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
+    y = _affine((features.to(mean.dtype) - mean) * rstd, weight, bias)
+    return ACTIVATIONS[activation](y if residual is None else y + residual).to(features.dtype)
 
 
 def batch_norm_backward(
-    grad, features, weight, bias, mean, rstd, training, activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the features, the weight and the bias."""
+    grad, features, residual, mean, rstd, weight, bias, training, activation
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the features, the weight, the bias, and the residual if there is one."""
     x, grad = features.to(mean.dtype), grad.to(mean.dtype)
     normal = (x - mean) * rstd
-    grad = torch.where(_passes(_affine(normal, weight, bias), activation), grad, 0)
+    y = _affine(normal, weight, bias)
+    grad = torch.where(_passes(y if residual is None else y + residual, activation), grad, 0)
     grad_weight, grad_bias = (grad * normal).sum(0), grad.sum(0)
     inner = grad if weight is None else grad * weight
     if training:
         inner = inner - inner.mean(0) - normal * (inner * normal).mean(0)
-    return (inner * rstd).to(features.dtype), grad_weight, grad_bias
+    return (inner * rstd).to(features.dtype), grad_weight, grad_bias, None if residual is None else grad
 
 
 def layer_norm_forward(features, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.ops import backend, checks
 from spark_fast.ops.norm import graph
-from spark_fast.ops.norm.api import check_batch_norm, check_layer_norm, wanted_grads
+from spark_fast.ops.norm.api import batch_statistics, check_batch_norm, check_layer_norm, wanted_grads
 from spark_fast.ops.norm.maps import Maps
 from spark_fast.patches import ActivePatches
 
@@ -40,14 +40,11 @@ def batch_norm_scatter(
     """
     _check("batch_norm_scatter", features, patches, side, fill)
     check_batch_norm("batch_norm_scatter", features, running_mean, running_var, weight, bias, training)
-    settings = (bool(training), float(momentum), float(eps))
+    mean, rstd = batch_statistics(features, running_mean, running_var, training, momentum, eps)
     if torch.compiler.is_compiling():
-        return graph.batch_norm_scatter(
-            features, running_mean, running_var, weight, bias, fill, *settings, patches, side
-        )
-    settings = (running_mean, running_var, *settings, None)
+        return graph.batch_norm_scatter(features, fill, mean, rstd, weight, bias, bool(training), patches, side)
     maps = _maps(features, patches, side)
-    return NormScatterFunction.apply(features, weight, bias, fill, maps, "batch_norm", settings, (settings[2], None))
+    return BatchNormScatterFunction.apply(features, fill, mean, rstd, weight, bias, bool(training), maps)
 
 
 def layer_norm_scatter(
@@ -65,9 +62,8 @@ def layer_norm_scatter(
     _check("layer_norm_scatter", features, patches, side, fill)
     check_layer_norm("layer_norm_scatter", features, weight, bias)
     if torch.compiler.is_compiling():
-        return graph.layer_norm_scatter(features, weight, bias, fill, float(eps), patches, side)
-    maps = _maps(features, patches, side)
-    return NormScatterFunction.apply(features, weight, bias, fill, maps, "layer_norm", (float(eps),), ())
+        return graph.layer_norm_scatter(features, fill, weight, bias, float(eps), patches, side)
+    return LayerNormScatterFunction.apply(features, fill, weight, bias, float(eps), _maps(features, patches, side))
 
 
 def _check(op: str, features, patches, side, fill) -> None:
@@ -81,19 +77,42 @@ def _maps(features: torch.Tensor, patches: ActivePatches, side: int) -> Maps:
     return Maps(patches, side, norm, copies)
 
 
-class NormScatterFunction(torch.autograd.Function):
+class BatchNormScatterFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, bias, fill, maps: Maps, kind: str, settings: tuple, backward_settings: tuple):
+    def forward(ctx, features, fill, mean, rstd, weight, bias, training, maps: Maps):
         features = features.contiguous()
-        dense, mean, rstd = maps.forward(kind, features, fill, weight, bias, *settings)
-        ctx.save_for_backward(features, weight, bias, mean, rstd)
-        ctx.maps, ctx.kind, ctx.settings = maps, kind, backward_settings
-        return dense
+        ctx.save_for_backward(features, mean, rstd, weight, bias)
+        ctx.maps, ctx.training = maps, training
+        return maps.batch_norm(features, fill, mean, rstd, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         saved = ctx.saved_tensors  # checkpointing lets them be read once
-        grads = wanted_grads(ctx, ctx.maps.backward(ctx.kind, grad, *saved, *ctx.settings), saved)
-        grad_fill = ctx.maps.grad_fill(grad) if ctx.needs_input_grad[3] else None
-        return *grads, grad_fill, None, None, None, None
+        features, _, _, weight, bias = saved
+        of_features, of_weight, of_bias = ctx.maps.batch_norm_backward(grad, *saved, ctx.training)
+        grads = (of_features, _grad_fill(ctx, grad), None, None, of_weight, of_bias)
+        return *wanted_grads(ctx, grads, (features, grad, None, None, weight, bias)), None, None
+
+
+class LayerNormScatterFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, fill, weight, bias, eps, maps: Maps):
+        features = features.contiguous()
+        dense, mean, rstd = maps.layer_norm(features, fill, weight, bias, eps)
+        ctx.save_for_backward(features, mean, rstd, weight, bias)
+        ctx.maps = maps
+        return dense
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        features, _, _, weight, bias = saved
+        of_features, of_weight, of_bias = ctx.maps.layer_norm_backward(grad, *saved)
+        grads = (of_features, _grad_fill(ctx, grad), of_weight, of_bias)
+        return *wanted_grads(ctx, grads, (features, grad, weight, bias)), None, None
+
+
+def _grad_fill(ctx, grad: torch.Tensor) -> torch.Tensor | None:
+    return ctx.maps.grad_fill(grad) if ctx.needs_input_grad[1] else None

@@ -18,7 +18,6 @@ from spark_fast.ops.norm import configs
 from spark_fast.ops.triton_launch import launch, packed, unavailable  # noqa: F401  (unavailable: asked by ops.backend)
 from spark_fast.ops.triton_window import pixel_row, row_pixel
 
-FUSES_RESIDUAL = True
 WRITES_MAPS = True
 PROGRAMS = 1024  # that sum over rows: enough to fill any GPU; a fixed number, so that sums do not depend on the GPU
 MOST_PARTS = 512
@@ -31,16 +30,37 @@ def unsupported(features) -> str | None:
     return "float64 runs on PyTorch's library" if features.dtype == torch.float64 else None
 
 
-def batch_norm_forward(
-    features, weight, bias, running_mean, running_var, training, momentum, eps, activation, residual=None, maps=None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """activation(norm(features) + residual), and the mean and the reciprocal deviation (C,) in float32."""
-    features, weight, bias, residual = packed(features, weight, bias, residual)
-    if training:
-        mean, rstd = _batch_statistics(features, running_mean, running_var, momentum, eps)
-    else:
-        mean = running_mean.to(torch.float32, copy=True).contiguous()
-        rstd = torch.rsqrt(running_var.to(torch.float32) + eps).contiguous()
+def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal deviation (C,) in float32; the running statistics are updated in place, without a sync."""
+    (features,) = packed(features)
+    rows, channels = features.shape
+
+    def run(config):
+        tile = _batch_tile(config, channels)
+        parts = _parts(rows, channels, tile)
+        partial = features.new_empty(parts, 2, channels, dtype=torch.float32)
+        grid = (parts * triton.cdiv(channels, tile["BLOCK_C"]),)
+        launch(part_statistics, grid, features, partial, rows, parts, CHANNELS=channels, **tile)
+        return partial, tile["BLOCK_R"]
+
+    partial, block = _tuned("norm.batch_statistics", (features.dtype, channels), features, configs.BATCH, run)
+    mean, rstd = (features.new_empty(channels, dtype=torch.float32) for _ in "12")
+    updated = packed(running_mean, running_var)
+    launch(
+        join_statistics, (triton.cdiv(channels, 16),), partial, mean, rstd, *updated, rows, partial.shape[0], momentum,
+        eps, CHANNELS=channels, BLOCK_R=block, BLOCK_P=128, BLOCK_C=16, num_warps=4,
+    )  # fmt: skip
+    for given, new in zip((running_mean, running_var), updated, strict=True):
+        if given is not None and given is not new:
+            given.copy_(new)
+        elif given is not None:
+            torch.autograd.graph.increment_version(given)  # the kernel wrote to it unseen
+    return mean, rstd
+
+
+def batch_apply(features, residual, mean, rstd, weight, bias, activation, maps=None) -> torch.Tensor:
+    """activation(norm(features) + residual)."""
+    features, residual, mean, rstd, weight, bias = packed(features, residual, mean, rstd, weight, bias)
     channels = features.shape[1]
     filled, side = _filled(maps)
 
@@ -49,23 +69,25 @@ def batch_norm_forward(
         places = out.numel() // max(channels, 1)
         tile = _batch_tile(config, channels)
         launch(
-            batch_apply, (_tiles(places, channels, tile),), features, residual, mean, rstd, weight, bias, out, places,
+            write_normal, (_tiles(places, channels, tile),), features, residual, mean, rstd, weight, bias, out, places,
             *filled, CHANNELS=channels, ACTIVATION=activation, SIDE=side, **tile,
         )  # fmt: skip
         return out
 
     case = (features.dtype, channels, activation, residual is not None, *_sides(maps))
-    return _as_maps(_tuned("norm.batch_apply", case, features, configs.BATCH, run)), mean, rstd
+    return _as_maps(_tuned("norm.batch_apply", case, features, configs.BATCH, run))
 
 
 def batch_norm_backward(
-    grad, features, weight, bias, mean, rstd, training, activation, residual=None, maps=None
-) -> tuple[torch.Tensor, ...]:
+    grad, features, residual, mean, rstd, weight, bias, training, activation, maps=None
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of features, weight and bias, and of the residual if there is one.
 
-    The activation's mask is computed again. Without an activation the residual's gradient is `grad`, and none is given.
+    The activation's mask is computed again.
     """
-    grad, features, weight, bias, residual = packed(_as_rows(grad), features, weight, bias, residual)
+    grad, features, residual, mean, rstd, weight, bias = packed(
+        _as_rows(grad), features, residual, mean, rstd, weight, bias
+    )
     rows, channels = features.shape
     places, side = _places(maps)
 
@@ -88,8 +110,7 @@ def batch_norm_backward(
         return out, grad_residual
 
     out, grad_residual = _tuned("norm.batch_grad", (*case, training), features, configs.BATCH, run)
-    grads = out, sums[1], sums[0]
-    return grads if residual is None else (*grads, grad_residual)
+    return out, sums[1], sums[0], grad_residual
 
 
 def layer_norm_forward(features, weight, bias, eps, maps=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -205,33 +226,6 @@ def _parts(rows: int, channels: int, tile: dict[str, int]) -> int:
     columns = max(triton.cdiv(channels, tile["BLOCK_C"]), 1)
     most = min(MOST_PARTS, triton.cdiv(PROGRAMS, columns))
     return min(most, triton.cdiv(triton.cdiv(rows, tile["BLOCK_R"]), LEAST_TILES))
-
-
-def _batch_statistics(features, running_mean, running_var, momentum: float, eps: float):
-    """Mean and reciprocal deviation (C,); the running statistics are updated in place, without a host sync."""
-    rows, channels = features.shape
-
-    def run(config):
-        tile = _batch_tile(config, channels)
-        parts = _parts(rows, channels, tile)
-        partial = features.new_empty(parts, 2, channels, dtype=torch.float32)
-        grid = (parts * triton.cdiv(channels, tile["BLOCK_C"]),)
-        launch(part_statistics, grid, features, partial, rows, parts, CHANNELS=channels, **tile)
-        return partial, tile["BLOCK_R"]
-
-    partial, block = _tuned("norm.batch_statistics", (features.dtype, channels), features, configs.BATCH, run)
-    mean, rstd = (features.new_empty(channels, dtype=torch.float32) for _ in "12")
-    updated = packed(running_mean, running_var)
-    launch(
-        batch_statistics, (triton.cdiv(channels, 16),), partial, mean, rstd, *updated, rows, partial.shape[0], momentum,
-        eps, CHANNELS=channels, BLOCK_R=block, BLOCK_P=128, BLOCK_C=16, num_warps=4,
-    )  # fmt: skip
-    for given, new in zip((running_mean, running_var), updated, strict=True):
-        if given is not None and given is not new:
-            given.copy_(new)
-        elif given is not None:
-            torch.autograd.graph.increment_version(given)  # the kernel wrote to it unseen
-    return mean, rstd
 
 
 def _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, per_row: bool, maps, tile):
@@ -352,7 +346,7 @@ def part_statistics(
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
-def batch_statistics(
+def join_statistics(
     partial,
     mean,
     rstd,
@@ -404,7 +398,7 @@ def batch_statistics(
 
 
 @triton.jit(do_not_specialize=["places"])
-def batch_apply(
+def write_normal(
     features,
     residual,
     mean,
