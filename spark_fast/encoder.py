@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spark_fast.fusion import Fusion
 from spark_fast.ops.backend import BackendError
 from spark_fast.patches import ActivePatches
 from spark_fast.rules import SparseOpError
@@ -184,7 +185,7 @@ class Encoder(nn.Module):
         Networks whose padding does not keep the size (Inception's) give maps that are a little smaller than the images'
         size by the stride: these are resized to it, each pixel taking the nearest one's features.
         """
-        maps = self._tapped(x) if self.feature_layers else _as_list(self.model(x))
+        maps = self._fused(x) if isinstance(x, SparseTensor) and not torch.compiler.is_compiling() else self._maps(x)
         if self.used is None:
             return maps
         height, width = x.shape[2:]
@@ -197,6 +198,20 @@ class Encoder(nn.Module):
                 f"{self.strides} do not give: does it resize to a fixed size, or need another image size?"
             )
         return [_resized(value, x, size) for value, size in zip(maps, sizes, strict=True)]
+
+    def _fused(self, x: SparseTensor) -> list:
+        """The maps of a run in which batch norms join what comes after them."""
+        x = x.with_features(x.features)
+        x.fusion = Fusion()
+        try:
+            maps = self._maps(x)
+            x.fusion.settle()
+        finally:
+            x.fusion.open = False
+        return maps
+
+    def _maps(self, x: SparseTensor | torch.Tensor) -> list:
+        return self._tapped(x) if self.feature_layers else _as_list(self.model(x))
 
     def _tapped(self, x: SparseTensor | torch.Tensor) -> list:
         for tap in self.taps:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spark_fast.ops.checks import check_rows
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.patches import ActivePatches
+
+if TYPE_CHECKING:
+    from spark_fast.fusion import Fusion
 
 
 class SparseMap:
@@ -18,18 +21,19 @@ class SparseMap:
     dimensions of the batch that they stand for: B, H and W once, C for each channel dimension of `features`, in order.
     """
 
-    __slots__ = ("features", "patches", "side")
+    __slots__ = ("features", "fusion", "patches", "side")
 
     features: torch.Tensor
     patches: ActivePatches
     side: int
     dims: str
+    fusion: Fusion | None  # of the run of an encoder that this is a map of
 
     @property
     def shape(self) -> torch.Size:
         gh, gw = self.patches.grid
         sizes = {"B": self.patches.batch, "H": gh * self.side, "W": gw * self.side}
-        channels = iter(self.features.shape[1:])
+        channels = iter(self._like.shape[1:])
         return torch.Size(sizes[d] if d in sizes else next(channels) for d in self.dims)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
@@ -42,23 +46,24 @@ class SparseMap:
 
     def numel(self) -> int:
         """Elements that exist, those of active pixels: what a sum over space is divided by for a mean."""
-        return self.features.numel()
+        return self._like.numel()
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return self.features.is_contiguous()
 
     def is_floating_point(self) -> bool:
-        return self.features.is_floating_point()
+        return self._like.is_floating_point()
 
     def is_complex(self) -> bool:
         return False
 
     # What a module may ask of its input that the rows answer.
-    dtype = property(lambda self: self.features.dtype)
-    device = property(lambda self: self.features.device)
+    _like = property(lambda self: self.features)  # or what is as large, of the same type and in the same place
+    dtype = property(lambda self: self._like.dtype)
+    device = property(lambda self: self._like.device)
     requires_grad = property(lambda self: self.features.requires_grad)
     data = property(lambda self: self.with_features(self.features.data))
-    is_cuda = property(lambda self: self.features.is_cuda)
+    is_cuda = property(lambda self: self._like.is_cuda)
     is_leaf = property(lambda self: self.features.is_leaf)
     is_quantized = False
     is_sparse = False
@@ -117,7 +122,7 @@ class SparseTensor(SparseMap):
         TypeError, ValueError: the rows do not fit the patches.
     """
 
-    __slots__ = ("channels_last",)
+    __slots__ = ("__weakref__", "_features", "_norm", "channels_last")
 
     def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
         if not isinstance(side, int) or side < 1:
@@ -127,6 +132,25 @@ class SparseTensor(SparseMap):
         self.patches = patches
         self.side = side
         self.channels_last = channels_last
+        self.fusion = None
+
+    @property
+    def features(self) -> torch.Tensor:
+        self.settle()
+        return self._features
+
+    @features.setter
+    def features(self, rows: torch.Tensor) -> None:
+        self._features, self._norm = rows, None
+
+    def settle(self) -> None:
+        """Computes the rows, if they are the result of a norm that is pending (`spark_fast.fusion`)."""
+        if self._norm is not None:
+            self.features = self._norm.rows()
+
+    @property
+    def _like(self) -> torch.Tensor:
+        return self._features
 
     @classmethod
     def from_dense(cls, images: torch.Tensor, patches: ActivePatches) -> SparseTensor:
@@ -185,7 +209,7 @@ class SparseTensor(SparseMap):
         if self.side == 1:
             return self
         patches, places = self.patches.pixels(self.side)
-        return SparseTensor(_reordered(self.features, places), patches, 1, self.channels_last)
+        return self.with_features(_reordered(self.features, places), 1, patches)
 
     def to_dense(self, fill: float | torch.Tensor = 0.0) -> torch.Tensor:
         """The dense map, (B, C, H, W) or, for a channels-last tensor, (B, H, W, C).
@@ -198,9 +222,14 @@ class SparseTensor(SparseMap):
         dense = scatter_patches(self.features, self.patches, self.side, fill)
         return dense.permute(0, 2, 3, 1) if self.channels_last else dense
 
-    def with_features(self, features: torch.Tensor, side: int | None = None) -> SparseTensor:
-        """Other rows on the same patches: (P * side * side, any C)."""
-        return SparseTensor(features, self.patches, self.side if side is None else side, self.channels_last)
+    def with_features(
+        self, features: torch.Tensor, side: int | None = None, patches: ActivePatches | None = None
+    ) -> SparseTensor:
+        """Other rows, on the same patches unless others are given: (P * side * side, any C)."""
+        patches = self.patches if patches is None else patches
+        out = SparseTensor(features, patches, self.side if side is None else side, self.channels_last)
+        out.fusion = self.fusion
+        return out
 
     @property
     def dims(self) -> str:

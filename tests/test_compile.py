@@ -93,7 +93,16 @@ def test_the_whole_step_is_one_graph():
     compare_steps(model, graphs, EXACT, [None] * 3)
     assert graphs.frame_count == 1
     calls = [str(node.target) for graph in graphs.graphs for node in graph.graph.nodes if node.op == "call_function"]
-    for op in ("conv_forward", "depthwise", "linear", "norm_batch_norm", "norm_layer", "pool_max", "patch_loss"):
+    for op in (
+        "conv_forward",
+        "depthwise",
+        "linear",
+        "norm_batch_statistics",
+        "norm_batch_apply",
+        "norm_layer",
+        "pool_max",
+        "patch_loss",
+    ):
         assert any(call.startswith(f"spark_fast.{op}") for call in calls), op
 
 

@@ -155,8 +155,7 @@ def conv_transpose2d(
             f"{window.stride}, padding {window.padding}, dilation {window.dilation} makes {window.out_size(size)}, but "
             f"x has {tuple(x.shape[2:])}. Give the settings of the convolution that made x"
         )
-    rows = _inverse(x, patches, window, size, weight, bias, groups)
-    return SparseTensor(rows, patches, side)
+    return x.with_features(_inverse(x, patches, window, size, weight, bias, groups), side, patches)
 
 
 def _inverse(x: SparseTensor, patches: ActivePatches, window: Window, size, weight, bias, groups) -> torch.Tensor:
@@ -184,7 +183,7 @@ def windowed(
             return _windowed_untraced(op, x, window, output, ceil_mode, run, *settings)
         x = x.to_pixels() if output == "dilated" else x
     geometry = output_sets.geometry(x.patches, x.side, window, output, ceil_mode, op)
-    return SparseTensor(run(x.features, geometry, *settings), geometry.query, geometry.side_out)
+    return x.with_features(run(x.features, geometry, *settings), geometry.side_out, geometry.query)
 
 
 _COUNTED = "the output's active pixels are counted"

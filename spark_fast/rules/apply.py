@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from spark_fast.fusion import READERS, fuse
 from spark_fast.rules.dense import LOCAL, through_dense
 from spark_fast.rules.pointwise import POINTWISE, pointwise
 from spark_fast.rules.registry import RULES, check_differentiable, refusal, usual_names
+from spark_fast.tensor import SparseMap
 
 # torch.compile hands over other objects than these, which are Python functions.
 REFLECTED = {name: getattr(torch.Tensor, name) for name in ("__rsub__", "__rdiv__", "__rtruediv__", "__rpow__")}
@@ -22,6 +24,12 @@ def apply(func: Callable, args: tuple, kwargs: dict):
     """
     check_differentiable()
     kwargs = usual_names(func, kwargs)
+    fusion = next((x.fusion for x in (*args, *kwargs.values()) if isinstance(x, SparseMap)), None)
+    if fusion is not None and func not in READERS:
+        fused = fuse(func, args, kwargs)
+        if fused is not None:
+            return fused
+        fusion.settle()
     if torch.compiler.is_compiling() and func.__name__ in REFLECTED:
         return pointwise(REFLECTED[func.__name__], args, kwargs)
     handler = RULES.get(func)

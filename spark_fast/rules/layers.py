@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from spark_fast.fusion import PendingNorm, defers
 from spark_fast.nn import functional
 from spark_fast.ops.conv.api import conv_window
 from spark_fast.ops.linear import linear
-from spark_fast.ops.norm import batch_norm, layer_norm
+from spark_fast.ops.norm import batch_norm, batch_statistics, layer_norm
+from spark_fast.ops.norm.api import check_batch_norm
 from spark_fast.rules.dense import through_dense
 from spark_fast.rules.padded import per_image_conv2d
 from spark_fast.rules.registry import SparseOpError, named, rule, where
@@ -48,7 +50,11 @@ def _avg_pool2d(
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     x = plain("batch_norm", input)
-    return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
+    if not defers(x, weight, bias):
+        return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
+    check_batch_norm("batch_norm", x.features, running_mean, running_var, weight, bias, training)
+    statistics = batch_statistics(x.features, running_mean, running_var, training, momentum, eps)
+    return x.fusion.defer(PendingNorm.of(x.features, *statistics, training, weight, bias), x)
 
 
 def _last_channels(op: str, x: SparseMap, normalized_shape: tuple[int, ...]) -> None:

@@ -314,6 +314,8 @@ def _map(x: Tokens, dims: str, sizes: list[int]):
 class _Like:
     """What `views.make` asks of a map."""
 
+    fusion = None
+
     def __init__(self, patches: ActivePatches, side: int):
         self.patches, self.side = patches, side
 

@@ -27,6 +27,7 @@ class SparseView(SparseMap):
 
     def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, dims: str):
         self.features, self.patches, self.side, self.dims = features, patches, side, dims
+        self.fusion = None
 
     @property
     def shape(self) -> torch.Size:
@@ -53,8 +54,11 @@ def make(features: torch.Tensor, like: SparseMap, dims: str, side: int | None = 
     if features.dim() != 1 + sum(name in "CX" for name in dims):
         raise SparseOpError(f"a sparse map{where()} of dimensions {dims} cannot have rows {tuple(features.shape)}")
     if dims in ("BCHW", "BHWC") and features.is_floating_point():
-        return SparseTensor(features, like.patches, side, dims == "BHWC")
-    return SparseView(features, like.patches, side, dims)
+        out = SparseTensor(features, like.patches, side, dims == "BHWC")
+    else:
+        out = SparseView(features, like.patches, side, dims)
+    out.fusion = like.fusion
+    return out
 
 
 def spread(rows: torch.Tensor, patches: ActivePatches, side: int, dims: str) -> torch.Tensor:

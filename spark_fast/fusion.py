@@ -1,0 +1,162 @@
+"""A batch norm, the shortcut and the ReLU that come after it, as one kernel, in models that call them one by one.
+
+While an encoder runs and gradients are recorded, the result of a batch norm is pending: its statistics are known and
+the running ones updated, but its rows are computed only when something reads them. A shortcut that is added to it and
+a ReLU become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from spark_fast.ops.norm import batch_apply
+from spark_fast.tensor import SparseTensor
+
+RELUS = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", torch.Tensor.relu: "relu",
+    torch.Tensor.relu_: "relu", F.relu6: "relu6",
+}  # fmt: skip
+ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__}
+IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__}
+# Functions that write to no map: pending results may wait for them.
+READERS = {
+    torch.conv2d, F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch._C._nn.avg_pool2d, F.batch_norm,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PendingNorm:
+    """The arguments of `batch_apply` but the activation."""
+
+    features: torch.Tensor
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    training: bool
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    versions: tuple[int | None, ...]  # of the tensors that others may write to
+
+    @classmethod
+    def of(cls, features, mean, rstd, training, weight, bias) -> PendingNorm:
+        return cls(features, mean, rstd, training, weight, bias, None, _versions(features, weight, bias, None))
+
+    def plus(self, residual: torch.Tensor) -> PendingNorm:
+        return replace(self, residual=residual, versions=(*self.versions[:3], residual._version))
+
+    def rows(self, activation: str | None = None) -> torch.Tensor:
+        """The result, with gradients whatever the mode of who reads it.
+
+        Raises:
+            RuntimeError: a tensor that it is computed from was written to, but by no function of a sparse tensor.
+        """
+        if _versions(self.features, self.weight, self.bias, self.residual) != self.versions:
+            raise RuntimeError(
+                "batch norm of a SparseTensor: its input, weight, bias or shortcut was changed in place before the "
+                "result was read. Read the result before (its .features), or change a clone"
+            )
+        with torch.inference_mode(False), torch.enable_grad(), _own_hooks():
+            return batch_apply(
+                self.features, self.mean, self.rstd, self.training, self.weight, self.bias, activation, self.residual
+            )
+
+
+def _versions(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if t is None else t._version for t in tensors)
+
+
+class Fusion:
+    """What the sparse tensors of one run of an encoder share. Results become pending while it is open."""
+
+    def __init__(self):
+        self.open = True
+        self._pending: list[weakref.ref[SparseTensor]] = []
+
+    def defer(self, norm: PendingNorm, like: SparseTensor) -> SparseTensor:
+        """The result of `norm`, pending, on the patches of `like`."""
+        out = like.with_features(norm.features)
+        out._norm = norm
+        self._pending = [known for known in self._pending if (x := known()) is not None and x._norm is not None]
+        self._pending.append(weakref.ref(out))
+        return out
+
+    def settle(self) -> None:
+        """Computes what is pending and can still be read."""
+        for known in self._pending:
+            if (x := known()) is not None:
+                x.settle()
+        self._pending = []
+
+
+def defers(x: SparseTensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether the result of a batch norm of `x` is to be pending.
+
+    Not without gradients, where a model may write to the norm's input afterwards; not in a region that the backward
+    computes again, which must save the same tensors then.
+    """
+    if x.fusion is None or not x.fusion.open or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return _hooks() is None and any(t is not None and t.requires_grad for t in (x.features, weight, bias))
+
+
+def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
+    """What `func` gives as a part of a pending norm, which stays pending after an addition; None where it is none."""
+    if func in RELUS:
+        return _activated(func, RELUS[func], *args, **kwargs)
+    if func is F.hardtanh:  # nn.ReLU6
+        return _hardtanh(*args, **kwargs)
+    if func in ADDITIONS and len(args) == 2 and not kwargs:
+        return _added(func, *args)
+    return None
+
+
+def _activated(func: Callable, name: str, input, inplace: bool = False) -> SparseTensor | None:
+    if not _is_pending(input):
+        return None
+    rows = input._norm.rows(name)
+    if not (inplace or func in IN_PLACE):
+        return input.with_features(rows)
+    input.features = rows
+    return input
+
+
+def _hardtanh(input, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> SparseTensor | None:
+    return _activated(F.hardtanh, "relu6", input, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _added(func: Callable, a: object, b: object) -> SparseTensor | None:
+    if not isinstance(a, SparseTensor) or not isinstance(b, SparseTensor) or a is b:
+        return None
+    if (a.patches, a.side, a.shape, a.dtype) != (b.patches, b.side, b.shape, b.dtype):
+        return None
+    if _is_pending(a) and a._norm.residual is None:
+        x, other = a, b
+    elif _is_pending(b) and b._norm.residual is None and func not in IN_PLACE:
+        x, other = b, a
+    else:
+        return None
+    norm = x._norm.plus(other.features)
+    if func not in IN_PLACE:
+        return x.fusion.defer(norm, x)
+    x._norm = norm
+    return x
+
+
+def _is_pending(x: object) -> bool:
+    return isinstance(x, SparseTensor) and x._norm is not None
+
+
+def _hooks():
+    """Those on saved tensors, by which regions are computed again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _own_hooks():
+    """None: a pending result is from outside of such a region, also if it is read in one."""
+    return nullcontext() if _hooks() is None else torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

@@ -1,0 +1,323 @@
+"""Norms that join the shortcut and the ReLU after them: which do, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+import spark_fast as sf
+from spark_fast import fusion
+
+CHANNELS = 6
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """(activation, whether there is a residual) of every pending norm that was computed."""
+    calls = []
+    apply = fusion.batch_apply
+
+    def recorded(features, mean, rstd, training, weight, bias, activation, residual):
+        calls.append((activation, residual is not None))
+        return apply(features, mean, rstd, training, weight, bias, activation, residual)
+
+    monkeypatch.setattr(fusion, "batch_apply", recorded)
+    return calls
+
+
+class Block(nn.Module):
+    """A convolution, then whatever `end(block, y, x)` makes of its result y and the block's input x."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+        self.side = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS))
+        self.end = end
+
+    def forward(self, x):
+        return self.end(self, self.conv(x), x)
+
+
+class Net(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 4, 4)
+        self.blocks = nn.ModuleList(Block(end) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return [x]
+
+
+def add_in_place(block, y, x):
+    y = block.bn(y)
+    y += x
+    return F.relu(y, inplace=True)
+
+
+def add_a_projection(block, y, x):
+    y = block.bn(y)
+    x = block.side(x)
+    y += x
+    return F.relu(y)
+
+
+def activate_and_read_both(block, y, x):
+    before = block.bn(y)
+    return F.relu(before) * 2 + before
+
+
+def add_twice(block, y, x):
+    y = block.bn(y) + x
+    return F.relu(y + x)
+
+
+# name -> (the end, what is joined in each block)
+ENDS = {
+    "relu": (lambda block, y, x: F.relu(block.bn(y)), [("relu", False)]),
+    "relu in place": (lambda block, y, x: nn.ReLU(inplace=True)(block.bn(y)), [("relu", False)]),
+    "relu_": (lambda block, y, x: block.bn(y).relu_(), [("relu", False)]),
+    "method": (lambda block, y, x: block.bn(y).relu(), [("relu", False)]),
+    "ReLU6": (lambda block, y, x: nn.ReLU6(inplace=True)(block.bn(y)), [("relu6", False)]),
+    "F.relu6": (lambda block, y, x: F.relu6(block.bn(y)), [("relu6", False)]),
+    "hardtanh": (lambda block, y, x: F.hardtanh(block.bn(y)), [(None, False)]),
+    "silu in place": (lambda block, y, x: F.silu(block.bn(y), inplace=True), [(None, False)]),
+    "norm alone": (lambda block, y, x: block.bn(y), [(None, False)]),
+    "sum": (lambda block, y, x: F.relu(block.bn(y) + x), [("relu", True)]),
+    "sum from the left": (lambda block, y, x: (x + block.bn(y)).relu_(), [("relu", True)]),
+    "torch.add": (lambda block, y, x: torch.relu(torch.add(block.bn(y), x)), [("relu", True)]),
+    "scaled sum": (lambda block, y, x: torch.add(block.bn(y), x, alpha=2), [(None, False)]),
+    "no relu": (lambda block, y, x: block.bn(y) + x, [(None, True)]),
+    "add in place": (add_in_place, [("relu", True)]),
+    "projection": (add_a_projection, [(None, False), ("relu", True)]),
+    "into the shortcut": (lambda block, y, x: (x * 1).add_(block.bn(y)), [(None, False)]),
+    "twice itself": (lambda block, y, x: (lambda z: z + z)(block.bn(y)), [(None, False)]),
+    "both": (activate_and_read_both, [("relu", False), (None, False)]),
+    "two sums": (add_twice, [(None, True)]),
+    "number": (lambda block, y, x: F.relu(block.bn(y) + 1), [(None, False)]),
+}
+
+
+def images(dtype=torch.float64):
+    active = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 1]]], dtype=torch.bool)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return sf.SparseTensor.from_dense(pixels.to(dtype), sf.ActivePatches(active))
+
+
+def encoder(end, dtype=torch.float64) -> sf.Encoder:
+    torch.manual_seed(1)
+    return sf.Encoder(Net(end)).to(dtype).train()
+
+
+def run(model, x, fused=True):
+    """The map, all gradients and all statistics; not fused: the model on the same rows, without its encoder's help."""
+    model = copy.deepcopy(model)
+    (out,) = model(x) if fused else model.model(x)
+    weights = torch.randn(out.features.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (out.features * weights.to(out.dtype)).sum().backward()
+    return out.features.detach(), [p.grad for p in model.parameters() if p.grad is not None], list(model.buffers())
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_join_what_follows(training, name, joined):
+    end, expected = ENDS[name]
+    model = encoder(end).train(training)
+    joined.clear()  # of probing
+    ours = run(model, images())
+    assert joined == 2 * expected
+    plain = run(model, images(), fused=False)
+    assert len(joined) == 2 * len(expected)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "densenet121", "resnetv2_50", "regnety_002"])
+def test_networks_compute_what_they_did(name, joined):
+    torch.manual_seed(0)
+    model = sf.Encoder(name).double().train()
+    active = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]], dtype=torch.bool)
+    pixels = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for fused in (True, False):
+        at = copy.deepcopy(model)
+        if not fused:
+            at._fused = at._maps
+        maps = at(sf.SparseTensor.from_dense(pixels, sf.ActivePatches(active)))
+        sum(m.features.square().mean() for m in maps).backward()
+        results.append(([m.features for m in maps], [p.grad for p in at.parameters()], list(at.buffers())))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+    assert sum(activation is not None for activation, _ in joined) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_the_sum_is_rounded_once(dtype):
+    model = encoder(add_in_place, torch.float32)
+    exact = run(model.double(), images())[0]
+    model.float()
+    with torch.autocast("cpu", dtype):
+        ours, plain = (run(model, images(torch.float32), fused)[0] for fused in (True, False))
+    assert ours.dtype == plain.dtype == dtype
+    error, allowed = ((t.double() - exact).abs().mean() for t in (ours, plain))
+    assert error <= allowed * 1.05
+
+
+def test_a_pending_result_answers_without_its_rows(joined):
+    def end(block, y, x):
+        out = block.bn(y)
+        assert out.shape == y.shape and out.dtype == y.dtype and out.device == y.device and out.ndim == 4
+        assert out.numel() == y.numel() and out.is_floating_point() and not out.is_cuda
+        assert not joined
+        return out
+
+    model = encoder(lambda block, y, x: block.bn(y))
+    for block in model.model.blocks:
+        block.end = end
+    del model.model.blocks[1]
+    joined.clear()
+    model(images())
+    assert joined == [(None, False)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_who_reads_without_gradients_does_not_cut_them(mode):
+    def end(block, y, x):
+        out = block.bn(y)
+        with mode():
+            assert out.features.isfinite().all()
+        return F.relu(out)
+
+    model = encoder(ENDS["relu"][0])
+    plain = run(model, images(), fused=False)
+    for block in model.model.blocks:
+        block.end = end
+    torch.testing.assert_close(run(model, images()), plain, rtol=1e-12, atol=1e-13)
+
+
+def test_a_shortcut_that_is_written_to_later_was_read_before():
+    def end(block, y, x):
+        shortcut = x * 1
+        out = block.bn(y) + shortcut
+        shortcut.mul_(3)
+        return F.relu(out)
+
+    model = encoder(end)
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
+def test_a_write_unseen_is_an_error():
+    def end(block, y, x):
+        shortcut = x * 1
+        rows = shortcut.features
+        out = block.bn(y) + shortcut
+        rows.mul_(3)
+        return F.relu(out)
+
+    with pytest.raises(RuntimeError, match="changed in place before"):
+        encoder(end)(images())
+
+
+def test_statistics_are_there_at_once_and_in_order():
+    """One norm for two maps, the second of which is read first."""
+    seen = []
+
+    def end(block, y, x):
+        before = block.bn.running_mean.clone()
+        first = block.bn(y)
+        seen.append(not torch.equal(before, block.bn.running_mean))
+        second = block.bn(x)
+        return F.relu(second) - F.relu(first)
+
+    model = encoder(end)
+    seen.clear()
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+    assert all(seen)
+
+
+def test_nothing_is_pending_when_the_encoder_is_done(joined):
+    """What a hook holds is not computed from the weights of a later step."""
+    held = []
+    model = encoder(lambda block, y, x: F.relu(block.bn(y)))
+    bn = model.model.blocks[0].bn
+    bn.register_forward_hook(lambda module, args, output: held.extend((args[0].features, output)))
+    (out,) = model(images())
+    assert joined.count((None, False)) == 1
+    rows, normal = held
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    torch.testing.assert_close(normal.features, (rows - rows.mean(0)) / (rows.var(0, correction=0) + bn.eps).sqrt())
+    joined.clear()
+    for later in (out, normal):
+        F.relu(bn(later))
+    assert not joined
+
+
+def test_without_gradients_nothing_is_pending(joined):
+    model = encoder(add_in_place)
+    with torch.no_grad():
+        model(images())
+    assert not joined
+    model.requires_grad_(False)(images())
+    assert not joined
+
+
+def test_an_error_in_the_model_ends_the_run(joined):
+    held = []
+
+    def end(block, y, x):
+        held.append(block.bn(y))
+        raise ZeroDivisionError
+
+    model = encoder(lambda block, y, x: block.bn(y))
+    for block in model.model.blocks:
+        block.end = end
+    with pytest.raises(ZeroDivisionError):
+        model(images())
+    joined.clear()
+    assert held[0].features.isfinite().all() and joined == [(None, False)]
+    assert not held[0].fusion.open
+
+
+class Checkpointed(Net):
+    """The second block is computed again in the backward; the first one's result may be pending before it."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        return [checkpoint(self.blocks[1], x, use_reentrant=False)]
+
+
+@pytest.mark.parametrize("name", ["no relu", "relu in place", "add in place", "projection", "norm alone", "both"])
+def test_regions_that_are_computed_again(name, joined):
+    torch.manual_seed(1)
+    model = sf.Encoder(Checkpointed(ENDS[name][0])).double().eval()
+    plain = Net(ENDS[name][0]).double().eval()
+    plain.load_state_dict(model.model.state_dict())
+    for size in (1, 2):  # a region's first run and its second are alike in each step
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(plain)
+        for net in (ours, theirs):
+            (out,) = net(images())
+            (out.features * size).square().sum().backward()
+        grads = [[p.grad for p in net.parameters()] for net in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+    assert joined
+
+
+def test_a_region_keeps_nothing_more():
+    torch.manual_seed(1)
+    model = sf.Encoder(Checkpointed(add_in_place)).double().train()
+    made = []
+    for block in model.model.blocks:
+        block.conv.register_forward_hook(
+            lambda module, args, output: made.append(StorageWeakRef(output.features.untyped_storage()))
+        )
+    out = model(images())
+    assert [storage.expired() for storage in made] == [False, True]
+    del out
