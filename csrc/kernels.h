@@ -21,7 +21,7 @@ struct PatchGrid {
   int64_t image[4], out[4];
 };
 
-enum class Activation { none, relu, relu6 };
+enum class Activation { none, relu, relu6, silu };
 
 struct ConvShape {
   int64_t source_channels, query_channels;  // of all groups together

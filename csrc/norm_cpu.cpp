@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "norm.h"
+#include "sigmoid.h"
 
 namespace spark {
 namespace SPARK_ISA {
@@ -116,7 +117,7 @@ void write_all(const Parts<T>& parts, Value value_of, T* out, [[maybe_unused]] i
     write_rows(parts.begin(left - 1), parts.end(left - 1), parts.width, value_of, out);
 }
 
-// NaN passes through both, as it does in PyTorch.
+// NaN passes through all, as it does in PyTorch.
 template <Activation A, typename V>
 inline V activate(V y) {
   if constexpr (A == Activation::relu) y = y < V{} ? V{} : y;
@@ -125,6 +126,7 @@ inline V activate(V y) {
     y = y < V{} ? V{} : y;
     y = y > six ? six : y;
   }
+  if constexpr (A == Activation::silu) y = y * sigmoid(y);
   return y;
 }
 
@@ -136,6 +138,10 @@ inline V activation_gradient(V y, V dy) {
     dy = y <= V{} ? V{} : dy;
     dy = y >= six ? V{} : dy;
   }
+  if constexpr (A == Activation::silu) {
+    const V s = sigmoid(y);
+    dy = dy * (s + y * s * (1 - s));
+  }
   return dy;
 }
 
@@ -146,6 +152,8 @@ void with_activation(Activation activation, Call call) {
     call(std::integral_constant<Activation, Activation::relu>{});
   else if (activation == Activation::relu6)
     call(std::integral_constant<Activation, Activation::relu6>{});
+  else if (activation == Activation::silu)
+    call(std::integral_constant<Activation, Activation::silu>{});
   else
     call(std::integral_constant<Activation, Activation::none>{});
 }

@@ -1,8 +1,8 @@
-"""A batch norm, the shortcut and the ReLU that come after it, as one kernel, in models that call them one by one.
+"""A batch norm, the shortcut and the activation that come after it, as one kernel, in models that call them one by one.
 
 While an encoder runs and gradients are recorded, the result of a batch norm is pending: its statistics are known and
 the running ones updated, but its rows are computed only when something reads them. A shortcut that is added to it and
-a ReLU become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows.
+an activation become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from spark_fast.ops.norm import batch_apply
 from spark_fast.tensor import SparseTensor
 
-RELUS = {
+ACTIVATIONS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", torch.Tensor.relu: "relu",
-    torch.Tensor.relu_: "relu", F.relu6: "relu6",
+    torch.Tensor.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
 }  # fmt: skip
 ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__}
 IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__}
@@ -107,8 +107,8 @@ def defers(x: SparseTensor, weight: torch.Tensor | None, bias: torch.Tensor | No
 
 def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
     """What `func` gives as a part of a pending norm, which stays pending after an addition; None where it is none."""
-    if func in RELUS:
-        return _activated(func, RELUS[func], *args, **kwargs)
+    if func in ACTIVATIONS:
+        return _activated(func, ACTIVATIONS[func], *args, **kwargs)
     if func is F.hardtanh:  # nn.ReLU6
         return _hardtanh(*args, **kwargs)
     if func in ADDITIONS and len(args) == 2 and not kwargs:

@@ -83,13 +83,15 @@ def add_twice(block, y, x):
 # name -> (the end, what is joined in each block)
 ENDS = {
     "relu": (lambda block, y, x: F.relu(block.bn(y)), [("relu", False)]),
+    "silu": (lambda block, y, x: nn.SiLU()(block.bn(y) + x), [("silu", True)]),
     "relu in place": (lambda block, y, x: nn.ReLU(inplace=True)(block.bn(y)), [("relu", False)]),
     "relu_": (lambda block, y, x: block.bn(y).relu_(), [("relu", False)]),
     "method": (lambda block, y, x: block.bn(y).relu(), [("relu", False)]),
     "ReLU6": (lambda block, y, x: nn.ReLU6(inplace=True)(block.bn(y)), [("relu6", False)]),
     "F.relu6": (lambda block, y, x: F.relu6(block.bn(y)), [("relu6", False)]),
     "hardtanh": (lambda block, y, x: F.hardtanh(block.bn(y)), [(None, False)]),
-    "silu in place": (lambda block, y, x: F.silu(block.bn(y), inplace=True), [(None, False)]),
+    "silu in place": (lambda block, y, x: F.silu(block.bn(y), inplace=True), [("silu", False)]),
+    "gelu": (lambda block, y, x: F.gelu(block.bn(y)), [(None, False)]),
     "norm alone": (lambda block, y, x: block.bn(y), [(None, False)]),
     "sum": (lambda block, y, x: F.relu(block.bn(y) + x), [("relu", True)]),
     "sum from the left": (lambda block, y, x: (x + block.bn(y)).relu_(), [("relu", True)]),
@@ -139,7 +141,7 @@ def test_norms_join_what_follows(training, name, joined):
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "densenet121", "resnetv2_50", "regnety_002"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "densenet121", "resnetv2_50", "efficientnet_b0"])
 def test_networks_compute_what_they_did(name, joined):
     torch.manual_seed(0)
     model = sf.Encoder(name).double().train()

@@ -11,13 +11,13 @@ from torch import nn
 import spark_fast as sf
 from spark_fast import use_backend
 from spark_fast.ops import tuning
-from spark_fast.ops.norm import batch_norm, batch_norm_dense, layer_norm
+from spark_fast.ops.norm import batch_apply, batch_norm, batch_norm_dense, layer_norm
 
 BACKENDS = ["cpu", "library", "reference"]
 # rows, channels; the last is more than one part of the rows, and no whole number of joined rows
 SIZES = [(5, 3), (13, 7), (50, 1), (31, 16), (200, 65), (2100, 24)]
 WIDE = [size for size in SIZES if size[1] > 1]
-ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -54,10 +54,11 @@ def check_batch_norm(size, dtype, training, affine=True, activation=None, device
     ours, our_grads = value_and_grads(lambda t, *wb: batch_norm(t, *at[0], *(wb or (None, None)), **settings), *inputs)
     theirs, their_grads = value_and_grads(lambda *t: pytorchs(t[0], *at[1], *t[1:], **settings), *inputs)
     true = [t.double() for t in inputs]
+    before = pytorchs(true[0], *(s.clone() for s in at[2]), *true[1:], training=training)  # the activation
     oracle, grads = value_and_grads(lambda *t: pytorchs(t[0], *at[2], *t[1:], **settings), *true)
     assert ours.dtype == dtype
     terms = 3 * size[0] + 6  # a sum for the mean, two for the variance; six steps of the formula
-    assert_as_exact(ours, theirs, oracle, "forward", terms)
+    assert_as_exact(ours, theirs, oracle, "forward", terms, before.abs().max().item() if activation == "silu" else 0)
     for name, mine, own, exact in zip(("input", "weight", "bias"), our_grads, their_grads, grads, strict=False):
         assert mine.dtype == dtype
         assert_as_exact(mine, own, exact, f"grad {name}", terms)
@@ -76,7 +77,7 @@ def test_batch_norm_equals_pytorchs(training, affine, size, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
 def test_the_activation_is_pytorchs(activation, training, size, dtype, backend):
     check_batch_norm(size, dtype, training, activation=activation)
 
@@ -226,7 +227,7 @@ def test_half_rows_with_float_weights_under_autocast(norm, dtype, backend):
         assert_as_exact(a, c, exact, f"grad {name}", 50)
 
 
-@pytest.mark.parametrize("norm", ["batch", "relu", "relu6", "evaluating", "layer"])
+@pytest.mark.parametrize("norm", ["batch", "relu", "relu6", "silu", "evaluating", "layer"])
 def test_gradcheck(norm, backend):
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((9, 4), (4,), (4,)))
     stats = statistics(4, torch.float64)
@@ -259,14 +260,14 @@ def test_only_the_wanted_gradients(wanted, norm, backend):
         assert ours is None if not needed else torch.equal(ours, whole)
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("norm", ["relu6", "silu", "layer"])
 def test_the_threads_do_not_matter(norm):
     x, w, b = samples((5000, 24), True, torch.float32)
 
     def run(*t):
         if norm == "layer":
             return layer_norm(*t)
-        return batch_norm(t[0], None, None, *t[1:], training=True, activation="relu6")
+        return batch_norm(t[0], None, None, *t[1:], training=True, activation=norm)
 
     results = []
     before = torch.get_num_threads()
@@ -325,6 +326,21 @@ def test_dense_maps(training, activation, layout, backend):
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(ours_at, theirs_at)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_silu_far_from_zero(dtype, instruction_set):
+    """Of pixels that are what goes into it, whole vectors of them and rests."""
+    y = torch.cat((torch.linspace(-80, 80, 1601), torch.tensor([1e4, 1e30, torch.inf, torch.nan]))).to(dtype)
+    x = y[:, None].expand(-1, 19).contiguous()
+    ours, (grad,) = value_and_grads(
+        lambda t: batch_apply(t, x.new_zeros(19), x.new_ones(19), False, None, None, "silu"), x
+    )
+    theirs, (own,) = value_and_grads(F.silu, x.double())
+    close = dict(rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny, equal_nan=True)
+    torch.testing.assert_close(ours.double(), theirs, **close)
+    steep = y.abs() < 80  # where the slope is neither 0 nor 1 to rounding, the two terms of its formula cancel
+    torch.testing.assert_close(grad[steep].double(), own[steep], rtol=close["rtol"], atol=16 * torch.finfo(dtype).eps)
 
 
 def test_no_channels():

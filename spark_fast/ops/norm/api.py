@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from spark_fast.ops import backend, checks
 from spark_fast.ops.norm import graph
 
-ACTIVATIONS = (None, "relu", "relu6")
+ACTIVATIONS = (None, "relu", "relu6", "silu")
 
 
 def batch_norm(
@@ -30,7 +30,7 @@ def batch_norm(
         features: (N, C) rows, float16/bfloat16/float32/float64. Statistics are kept in at least float32.
         running_mean, running_var, weight, bias: (C,) or None, as in torch.nn.functional.batch_norm; in training the
             running statistics are updated in place, the variance unbiased.
-        activation: "relu" or "relu6" of the result, which costs nothing here; None for none.
+        activation: "relu", "relu6" or "silu" of the result, in the same pass; None for none.
         residual: (N, C), the features' dtype, added before the activation; None for none.
 
     Returns:
@@ -101,7 +101,8 @@ def batch_apply(
 
 def _check_end(op: str, features, activation, residual) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be None, 'relu' or 'relu6'; got {activation!r}")
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{op}: activation must be one of {known}; got {activation!r}")
     checks.check_like(op, "residual", residual, features, tuple(features.shape))
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ACTIVATE = {None: lambda y: y, "relu": F.relu_, "relu6": lambda y: F.relu6(y, inplace=True)}
+ACTIVATE = {
+    None: lambda y: y,
+    "relu": F.relu_,
+    "relu6": lambda y: F.relu6(y, inplace=True),
+    "silu": lambda y: F.silu(y, inplace=True),
+}
 
 
 def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +23,7 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
 
 
 def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
-    return ACTIVATE[activation](_before_activation(features, residual, mean, rstd, weight, bias)).to(features.dtype)
+    return ACTIVATE[activation](_normal(features, residual, mean, rstd, weight, bias)).to(features.dtype)
 
 
 def batch_norm_backward(
@@ -26,9 +31,8 @@ def batch_norm_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     weight = _packed(weight)
     if activation is not None:
-        y = _before_activation(features, residual, mean, rstd, weight, bias)
-        stops = y <= 0 if activation == "relu" else (y <= 0) | (y >= 6)
-        grad = grad.masked_fill(stops, 0)
+        y = _normal(features, residual, mean, rstd, weight, bias)
+        grad = _before_activation(grad, y, activation).to(grad.dtype)
     grad_residual = None if residual is None else grad
     if not training:
         scale = rstd if weight is None else rstd * weight
@@ -79,8 +83,14 @@ def _wide(rows: torch.Tensor) -> torch.Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def _before_activation(features, residual, mean, rstd, weight, bias) -> torch.Tensor:
+def _normal(features, residual, mean, rstd, weight, bias) -> torch.Tensor:
     y = (_wide(features) - mean).mul_(rstd if weight is None else rstd * weight)
     for added in (bias, residual):
         y = y if added is None else y.add_(added)
     return y
+
+
+def _before_activation(grad, y, activation) -> torch.Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(_wide(grad), y)
+    return grad.masked_fill(y <= 0 if activation == "relu" else (y <= 0) | (y >= 6), 0)

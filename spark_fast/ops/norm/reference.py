@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 
 
 def batch_statistics(features, running_mean, running_var, momentum, eps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def batch_norm_backward(
     x, grad = features.to(mean.dtype), grad.to(mean.dtype)
     normal = (x - mean) * rstd
     y = _affine(normal, weight, bias)
-    grad = torch.where(_passes(y if residual is None else y + residual, activation), grad, 0)
+    grad = _before_activation(grad, y if residual is None else y + residual, activation)
     grad_weight, grad_bias = (grad * normal).sum(0), grad.sum(0)
     inner = grad if weight is None else grad * weight
     if training:
@@ -59,11 +59,14 @@ def _affine(x, weight, bias) -> torch.Tensor:
     return x if bias is None else x + bias
 
 
-def _passes(y, activation) -> torch.Tensor:
-    """Where an activation of `y` has slope 1, as in PyTorch: not at the kinks, and at NaN."""
+def _before_activation(grad, y, activation) -> torch.Tensor:
+    """The gradient of the activation's input `y`, as in PyTorch: none at the kinks of a ReLU, and at NaN all of it."""
+    if activation == "silu":
+        s = torch.sigmoid(y)
+        return grad * (s + y * s * (1 - s))
     stops = torch.zeros_like(y, dtype=torch.bool)
     if activation is not None:
         stops |= y <= 0
     if activation == "relu6":
         stops |= y >= 6
-    return ~stops
+    return torch.where(stops, 0, grad)

@@ -255,7 +255,9 @@ def _vector(pointer, column, inside, OTHER: tl.constexpr):
 @triton.jit
 def _activated(y, ACTIVATION: tl.constexpr):
     """NaN passes through, as in PyTorch."""
-    if ACTIVATION is not None:
+    if ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION is not None:
         y = tl.where(y < 0, 0.0, y)
     if ACTIVATION == "relu6":
         y = tl.where(y > 6, 6.0, y)
@@ -264,8 +266,11 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _before_activation(grad, y, ACTIVATION: tl.constexpr):
-    """The gradient of the activation's input y: none at the kinks, and at NaN all of it."""
-    if ACTIVATION is not None:
+    """The gradient of the activation's input y: none at the kinks of a ReLU, and at NaN all of it."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(y)
+        grad = grad * (s + y * s * (1 - s))
+    elif ACTIVATION is not None:
         grad = tl.where(y <= 0, 0.0, grad)
     if ACTIVATION == "relu6":
         grad = tl.where(y >= 6, 0.0, grad)
