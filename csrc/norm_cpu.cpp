@@ -257,6 +257,7 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
           [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
             typedef decltype(tag) V;
             first = gradient(tag, i, c);
+            if constexpr (std::is_pointer_v<decltype(added)>) put(dresidual + i, V(first));
             second = first * (get<V>(x + i) - get<V>(center + c));
           },
           threads);
@@ -275,8 +276,8 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
           parts,
           [=](auto tag, int64_t i, int64_t c) {
             typedef decltype(tag) V;
-            const V away = get<V>(x + i) - get<V>(center + c), g = gradient(tag, i, c);
-            if constexpr (std::is_pointer_v<decltype(added)>) put(dresidual + i, g);
+            const V away = get<V>(x + i) - get<V>(center + c);
+            const V g = std::is_pointer_v<decltype(added)> ? get<V>(dresidual + i) : gradient(tag, i, c);
             return V(g * get<V>(scale + c) + (away * get<V>(slope + c) + get<V>(offset + c)));
           },
           dx, threads);

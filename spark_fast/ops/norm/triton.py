@@ -93,24 +93,28 @@ def batch_norm_backward(
 
     def sums_in(config):
         tile = _batch_tile(config, channels)
-        return _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, False, maps, tile)
+        grad_residual = None if residual is None else torch.empty_like(residual)
+        sums = _column_sums(
+            grad, features, residual, mean, rstd, weight, bias, grad_residual, activation, False, maps, tile
+        )
+        return sums, grad_residual
 
     case = (features.dtype, grad.dtype, channels, activation, residual is not None, *_sides(maps))
-    sums = _tuned("norm.batch_sums", case, features, configs.BATCH, sums_in)
+    sums, grad_residual = _tuned("norm.batch_sums", case, features, configs.BATCH, sums_in)
+    if residual is not None:  # its gradient is that of the activation's input
+        grad, activation = grad_residual, None
 
     def run(config):
         out = torch.empty_like(features)
-        grad_residual = None if residual is None else torch.empty_like(residual)
         tile = _batch_tile(config, channels)
         launch(
-            batch_grad, (_tiles(rows, channels, tile),), grad, features, residual, mean, rstd, weight, bias, sums, out,
-            grad_residual, rows, *places, CHANNELS=channels, ACTIVATION=activation, TRAINING=training, SIDE=side,
-            **tile,
+            batch_grad, (_tiles(rows, channels, tile),), grad, features, mean, rstd, weight, bias, sums, out, rows,
+            *places, CHANNELS=channels, ACTIVATION=activation, TRAINING=training, SIDE=side, **tile,
         )  # fmt: skip
-        return out, grad_residual
+        return out
 
-    out, grad_residual = _tuned("norm.batch_grad", (*case, training), features, configs.BATCH, run)
-    return out, sums[1], sums[0], grad_residual
+    case = (features.dtype, grad.dtype, channels, activation, *_sides(maps), training)
+    return _tuned("norm.batch_grad", case, features, configs.BATCH, run), sums[1], sums[0], grad_residual
 
 
 def layer_norm_forward(features, weight, bias, eps, maps=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +165,7 @@ def layer_norm_backward(
 
         def sums_in(config):
             tile = _batch_tile(config, channels)
-            return _column_sums(grad, features, None, mean, rstd, None, None, None, True, maps, tile)
+            return _column_sums(grad, features, None, mean, rstd, None, None, None, None, True, maps, tile)
 
         sums = _tuned("norm.layer_sums", case, features, configs.BATCH, sums_in)
     return out, sums[1], sums[0]
@@ -228,16 +232,21 @@ def _parts(rows: int, channels: int, tile: dict[str, int]) -> int:
     return min(most, triton.cdiv(triton.cdiv(rows, tile["BLOCK_R"]), LEAST_TILES))
 
 
-def _column_sums(grad, features, residual, mean, rstd, weight, bias, activation, per_row: bool, maps, tile):
-    """(2, C) float32: sums over the rows of the gradient before the activation, and of it times the normal rows."""
+def _column_sums(
+    grad, features, residual, mean, rstd, weight, bias, before, activation, per_row: bool, maps, tile
+) -> torch.Tensor:
+    """(2, C) float32: sums over the rows of the gradient before the activation, and of it times the normal rows.
+
+    `before` (rows, C), if given, is that gradient.
+    """
     rows, channels = features.shape
     parts = _parts(rows, channels, tile)
     partial = features.new_empty(parts, 2, channels, dtype=torch.float32)
     places, side = _places(maps)
     launch(
         part_sums, (parts * triton.cdiv(channels, tile["BLOCK_C"]),), grad, features, residual, mean, rstd, weight,
-        bias, partial, rows, parts, *places, CHANNELS=channels, ACTIVATION=activation, PER_ROW=per_row, SIDE=side,
-        **tile,
+        bias, partial, before, rows, parts, *places, CHANNELS=channels, ACTIVATION=activation, PER_ROW=per_row,
+        SIDE=side, **tile,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -455,6 +464,7 @@ def part_sums(
     weight,
     bias,
     partial,
+    before,
     rows,
     parts,
     coords,
@@ -469,8 +479,8 @@ def part_sums(
 ):
     """partial (parts, 2, C): a part's sums of the gradient before the activation, and of it times the normal rows.
 
-    grad, features and residual (or None) (rows, C); mean and rstd (C,) or, PER_ROW, (rows,). With coords, grad is the
-    pixels of maps. Grid: (parts * tiles of C,).
+    grad, features and residual (or None) (rows, C); mean and rstd (C,) or, PER_ROW, (rows,). `before` (rows, C) or None
+    takes the gradient before the activation. With coords, grad is the pixels of maps. Grid: (parts * tiles of C,).
     """
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(0) // blocks_c
@@ -497,6 +507,8 @@ def part_sums(
         if residual is not None:
             y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
         g = _before_activation(g, y, ACTIVATION)
+        if before is not None:
+            tl.store(before + at, g.to(before.dtype.element_ty), mask=exists)
         sums += g
         products += tl.where(exists, g * normal, 0.0)
     to = partial + part.to(tl.int64) * (2 * CHANNELS) + column
@@ -508,14 +520,12 @@ def part_sums(
 def batch_grad(
     grad,
     features,
-    residual,
     mean,
     rstd,
     weight,
     bias,
     sums,
     out,
-    grad_residual,
     rows,
     coords,
     grid_h,
@@ -527,7 +537,7 @@ def batch_grad(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out (rows, C), the gradient of the features, from `sums` (2, C) of all rows; grad_residual (rows, C) or None.
+    """out (rows, C), the gradient of the features, from `sums` (2, C) of all rows.
 
     With coords, grad is the pixels of maps. Grid: (tiles of rows * tiles of C,).
     """
@@ -546,11 +556,7 @@ def batch_grad(
         normal = (x - _vector(mean, column, inside, 0.0)) * r
     if ACTIVATION is not None:
         y = normal * w + _vector(bias, column, inside, 0.0)
-        if residual is not None:
-            y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
         g = _before_activation(g, y, ACTIVATION)
-    if grad_residual is not None:
-        tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=exists)
     if TRAINING:
         mean_g = _vector(sums, column, inside, 0.0) / rows
         mean_product = _vector(sums + CHANNELS, column, inside, 0.0) / rows
