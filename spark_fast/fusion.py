@@ -31,8 +31,36 @@ READERS = {
 
 
 @dataclass(frozen=True)
-class PendingNorm:
-    """The arguments of `batch_apply` but the activation."""
+class Pending:
+    """Rows that are not computed yet, and what of."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "versions", self._versions())
+
+    def _versions(self) -> list[int]:
+        return [t._version for t in vars(self).values() if isinstance(t, torch.Tensor)]
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: a tensor that the rows depend on was written to, but by no function of a sparse tensor.
+        """
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                f"{self.name} of a SparseTensor: its input, weight, bias or shortcut was changed in place before the "
+                "result was read. Read the result before (its .features), or change a clone"
+            )
+
+    def rows(self) -> torch.Tensor:
+        """The rows, with gradients whatever the mode of who reads them."""
+        self.check()
+        with torch.inference_mode(False), torch.enable_grad(), _own_hooks():
+            return self.compute()
+
+
+@dataclass(frozen=True)
+class PendingNorm(Pending):
+    """The arguments of `batch_apply`."""
 
     features: torch.Tensor
     mean: torch.Tensor
@@ -40,35 +68,19 @@ class PendingNorm:
     training: bool
     weight: torch.Tensor | None
     bias: torch.Tensor | None
-    residual: torch.Tensor | None
-    versions: tuple[int | None, ...]  # of the tensors that others may write to
+    activation: str | None = None
+    residual: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, features, mean, rstd, training, weight, bias) -> PendingNorm:
-        return cls(features, mean, rstd, training, weight, bias, None, _versions(features, weight, bias, None))
+    name = "batch norm"
 
-    def plus(self, residual: torch.Tensor) -> PendingNorm:
-        return replace(self, residual=residual, versions=(*self.versions[:3], residual._version))
+    def but(self, **changes) -> PendingNorm:
+        self.check()
+        return replace(self, **changes)
 
-    def rows(self, activation: str | None = None) -> torch.Tensor:
-        """The result, with gradients whatever the mode of who reads it.
-
-        Raises:
-            RuntimeError: a tensor that it is computed from was written to, but by no function of a sparse tensor.
-        """
-        if _versions(self.features, self.weight, self.bias, self.residual) != self.versions:
-            raise RuntimeError(
-                "batch norm of a SparseTensor: its input, weight, bias or shortcut was changed in place before the "
-                "result was read. Read the result before (its .features), or change a clone"
-            )
-        with torch.inference_mode(False), torch.enable_grad(), _own_hooks():
-            return batch_apply(
-                self.features, self.mean, self.rstd, self.training, self.weight, self.bias, activation, self.residual
-            )
-
-
-def _versions(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
-    return tuple(None if t is None else t._version for t in tensors)
+    def compute(self) -> torch.Tensor:
+        return batch_apply(
+            self.features, self.mean, self.rstd, self.training, self.weight, self.bias, self.activation, self.residual
+        )
 
 
 class Fusion:
@@ -78,11 +90,11 @@ class Fusion:
         self.open = True
         self._pending: list[weakref.ref[SparseTensor]] = []
 
-    def defer(self, norm: PendingNorm, like: SparseTensor) -> SparseTensor:
-        """The result of `norm`, pending, on the patches of `like`."""
-        out = like.with_features(norm.features)
-        out._norm = norm
-        self._pending = [known for known in self._pending if (x := known()) is not None and x._norm is not None]
+    def defer(self, pending: Pending, like: SparseTensor) -> SparseTensor:
+        """A tensor with the rows of `pending`, whose number and dtype are those of `like`."""
+        out = like.with_features(like._like)
+        out._pending = pending
+        self._pending = [known for known in self._pending if (x := known()) is not None and x._pending is not None]
         self._pending.append(weakref.ref(out))
         return out
 
@@ -117,9 +129,9 @@ def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
 
 
 def _activated(func: Callable, name: str, input, inplace: bool = False) -> SparseTensor | None:
-    if not _is_pending(input):
+    if not _is_norm(input):
         return None
-    rows = input._norm.rows(name)
+    rows = input._pending.but(activation=name).rows()
     if not (inplace or func in IN_PLACE):
         return input.with_features(rows)
     input.features = rows
@@ -135,21 +147,21 @@ def _added(func: Callable, a: object, b: object) -> SparseTensor | None:
         return None
     if (a.patches, a.side, a.shape, a.dtype) != (b.patches, b.side, b.shape, b.dtype):
         return None
-    if _is_pending(a) and a._norm.residual is None:
+    if _is_norm(a) and a._pending.residual is None:
         x, other = a, b
-    elif _is_pending(b) and b._norm.residual is None and func not in IN_PLACE:
+    elif _is_norm(b) and b._pending.residual is None and func not in IN_PLACE:
         x, other = b, a
     else:
         return None
-    norm = x._norm.plus(other.features)
+    norm = x._pending.but(residual=other.features)
     if func not in IN_PLACE:
         return x.fusion.defer(norm, x)
-    x._norm = norm
+    x._pending = norm
     return x
 
 
-def _is_pending(x: object) -> bool:
-    return isinstance(x, SparseTensor) and x._norm is not None
+def _is_norm(x: object) -> bool:
+    return isinstance(x, SparseTensor) and isinstance(x._pending, PendingNorm)
 
 
 def _hooks():

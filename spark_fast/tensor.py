@@ -122,7 +122,7 @@ class SparseTensor(SparseMap):
         TypeError, ValueError: the rows do not fit the patches.
     """
 
-    __slots__ = ("__weakref__", "_features", "_norm", "channels_last")
+    __slots__ = ("__weakref__", "_features", "_pending", "channels_last")
 
     def __init__(self, features: torch.Tensor, patches: ActivePatches, side: int, channels_last: bool = False):
         if not isinstance(side, int) or side < 1:
@@ -141,12 +141,12 @@ class SparseTensor(SparseMap):
 
     @features.setter
     def features(self, rows: torch.Tensor) -> None:
-        self._features, self._norm = rows, None
+        self._features, self._pending = rows, None
 
     def settle(self) -> None:
-        """Computes the rows, if they are the result of a norm that is pending (`spark_fast.fusion`)."""
-        if self._norm is not None:
-            self.features = self._norm.rows()
+        """Computes the rows, if they are pending (`spark_fast.fusion`)."""
+        if self._pending is not None:
+            self.features = self._pending.rows()
 
     @property
     def _like(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
         return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
     check_batch_norm("batch_norm", x.features, running_mean, running_var, weight, bias, training)
     statistics = batch_statistics(x.features, running_mean, running_var, training, momentum, eps)
-    return x.fusion.defer(PendingNorm.of(x.features, *statistics, training, weight, bias), x)
+    return x.fusion.defer(PendingNorm(x.features, *statistics, training, weight, bias), x)
 
 
 def _last_channels(op: str, x: SparseMap, normalized_shape: tuple[int, ...]) -> None:
