@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import spark_fast as sf
-from bench.gpu.measure import HALF, Peaks, compare, own_backends, prove
+from bench.gpu.measure import HALF, Peaks, compare, own_backends, prove, prove_repeated, results_of
 from bench.gpu.section import NotAvailableError
 from bench.layers import Layer, pairs
 from spark_fast.ops.window import Geometry, Window
@@ -125,7 +125,11 @@ def measure(problem: Problem, direction: str, peaks: Peaks) -> dict:
     theirs = problem.rows(problem.dense(direction)(), direction)
     sides = {name: problem.ours(run, direction) for name, run in found.items()}
     for name, run in sides.items():
-        prove(f"{name} {name_of(layer, direction)}", [run()], [theirs], [oracle], [problem.terms(direction)])
+        what = f"{name} {name_of(layer, direction)}"
+        ours = results_of(lambda run=run: [run()])
+        prove(what, ours, [theirs], [oracle], [problem.terms(direction)])
+        if name != "library":
+            prove_repeated(what, lambda run=run: [run()], ours)
     del oracle, theirs
     depthwise = problem.op == "depthwise"
     forms = MEMORY_FORMATS if depthwise else {"channels_last": torch.channels_last}
