@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +63,10 @@ def test_compiling_is_shared_out(part, monkeypatch):
         triton_launch, "_describe",
         lambda kernel, args, constants: SimpleNamespace(key=(kernel.__name__, str(sorted(constants.items())))),
     )  # fmt: skip
-    chosen = [(name, job) for name, job in warm.jobs(section) if name.startswith("3x3-side1-512-512")]
+    chosen = [(name, job) for name, job in warm.jobs(section, 2) if name.startswith("3x3-side1-512-512")]
     assert len(chosen) == 3
-    monkeypatch.setattr(warm, "jobs", lambda section: chosen)
+    monkeypatch.setattr(warm, "jobs", lambda section, images: chosen)
+    monkeypatch.setattr(warm, "maps_of_layers", lambda section: [])
     found = {}
     for of in (1, 3):
         for every in ((), ("--every",)):
@@ -223,6 +225,43 @@ def test_losses_too_far_apart_fail(part):
 def test_sanitizer_output(part, tool, code, output, errors, failed):
     entry = part("gpu.sanitizer").counted(tool, code, output)
     assert entry["errors"] == errors and ("error" in entry) == failed
+
+
+def fake_build(part, monkeypatch, works) -> tuple[dict, list[list[str]]]:
+    """The entry of a build in which `works(command)`; the modules load after a command that works, and what was run."""
+    build, commands, ran = part("gpu.build"), part("gpu.commands"), []
+
+    def run_command(command, seconds, environment=None):
+        if "-c" in command:
+            return commands.Done(0 if any(map(works, ran)) else 1, "no module")
+        if "--cmakedir" in command or "nvidia-smi" in command[0]:
+            return commands.Done(0, "9.0\n" if "nvidia-smi" in command[0] else "/pybind11\n")
+        ran.append(command)
+        return commands.Done(0 if works(command) else 1, f"{command[0]} printed this")
+
+    monkeypatch.setattr(build, "run_command", run_command)
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(build, "cuda_tool", lambda name: f"/cuda/{name}")
+    monkeypatch.delenv("SPARK_FAST_CUDA_ARCHS", raising=False)
+    return build.build(SimpleNamespace(device="cuda", left=100.0), build.LOADS), ran
+
+
+def test_the_modules_are_built_by_pip_else_by_cmake_and_it_is_told(part, monkeypatch):
+    entry, ran = fake_build(part, monkeypatch, lambda command: True)
+    assert entry["built"] == "pip" and len(ran) == 1 and entry["SPARK_FAST_CUDA_ARCHS"] == "90"
+    assert "output" not in entry and "error" not in entry
+    entry, ran = fake_build(part, monkeypatch, lambda command: command[0] == "/bin/cmake")
+    assert entry["built"] == "cmake" and "error" not in entry
+    assert entry["output"][0] == "pip:" and [c[1] for c in ran[1:]] == ["-S", "--build"]
+    assert "-DSPARK_FAST_CUDA_ARCHS=90" in ran[1]
+    entry, _ = fake_build(part, monkeypatch, lambda command: False)
+    assert entry["error"] == "the build failed" and {"pip:", "cmake:"} <= set(entry["output"])
+
+
+def test_every_test_that_needs_a_gpu_is_among_those_that_run_there(part):
+    marked = {p for p in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", p.read_text())}
+    places = [ROOT / a for a in part("gpu.tests").RUNS["gpu"][0] if a.startswith("tests")]
+    assert marked and all(any(path.is_relative_to(place) for place in places) for path in marked)
 
 
 def test_pytest_output_is_counted_even_if_it_breaks_off(part, monkeypatch):

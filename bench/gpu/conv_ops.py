@@ -73,7 +73,7 @@ class Problem:
         self, direction: str, dtype: torch.dtype = HALF, memory_format: torch.memory_format = torch.channels_last
     ) -> Callable[[], torch.Tensor]:
         """The same direction by PyTorch on the zero-filled maps."""
-        x, grad, w = self._map(self.x), self._map(self.grad), self.w
+        x, grad, w = self.map_of(self.x), self.map_of(self.grad), self.w
         x, grad, w = (t.to(dtype, memory_format=memory_format) for t in (x, grad, w))
         stride, padding, groups = self.window.stride, self.window.padding, self.layer.groups
         if direction == "forward":
@@ -83,7 +83,7 @@ class Problem:
             grad, x, w, None, stride, padding, (1, 1), False, (0, 0), groups, wanted
         )[DIRECTIONS.index(direction) - 1]
 
-    def _map(self, rows: torch.Tensor) -> torch.Tensor:
+    def map_of(self, rows: torch.Tensor) -> torch.Tensor:
         side = self.geometry.side_in if rows is self.x else self.geometry.side_out
         return sf.SparseTensor(rows, self.patches, side).to_dense()
 

@@ -7,23 +7,22 @@ Several processes compile them first. What pays most is measured first, and each
 from __future__ import annotations
 
 import spark_fast as sf
-from bench.gpu import nets, warm
+from bench.gpu import warm
 from bench.gpu.section import Section
 from bench.harness import significant
 from spark_fast.ops import tuning
+
+IMAGES = 256  # the number of rows counts, in powers of two
+STEP_LIMIT, LIMIT = 90, 25  # seconds of a step's many kernels, and of an op's
 
 
 def run(section: Section) -> None:
     if section.device == "cuda":
         section.case("compiling", lambda: warm.start_all(section, section.left / 2, every=True), optional=True)
-    count = 2 if section.tiny else 256  # the number of rows counts, in powers of two
     with sf.autotune():
-        for model in nets.MODELS:
-            step = lambda model=model: warm.one_step(section, model, nets.batch_of(section, count))  # noqa: E731
-            section.case(f"{model} step", lambda step=step: found_by(step), limit=90)
-        for name, job in warm.jobs(section):
-            if not name.endswith(" step"):
-                section.case(name, lambda job=job: found_by(job), limit=25)
+        for name, job in warm.jobs(section, IMAGES):
+            limit = STEP_LIMIT if name.endswith(" step") else LIMIT
+            section.case(name, lambda job=job: found_by(job), limit=limit)
 
 
 def found_by(job: warm.Job) -> dict:

@@ -19,6 +19,7 @@ from zlib import crc32
 
 import torch
 
+import spark_fast as sf
 from bench.gpu import conv_ops, nets, row_ops, step
 from bench.gpu.conv_ops import Problem
 from bench.gpu.measure import HALF, own_backends
@@ -27,7 +28,7 @@ from bench.settings import ROOT
 from spark_fast.ops import triton_launch, tuning
 
 MOST = 12  # processes
-IMAGES = 8  # of a network: its kernels do not depend on their number
+IMAGES = 8  # the kernels do not depend on their number
 Job = Callable[[], object]
 
 
@@ -52,14 +53,14 @@ def start_all(section: Section, seconds: float, every: bool = False) -> dict:
     return {"processes": count, "finished": len(codes), "failed": sum(code != 0 for code in codes)}
 
 
-def jobs(section: Section) -> Iterator[tuple[str, Job]]:
+def jobs(section: Section, images: int) -> Iterator[tuple[str, Job]]:
     """By name; what pays most comes first."""
     from bench.gpu.ops import patches_of
 
-    images = 2 if section.tiny else IMAGES
+    images = 2 if section.tiny else images
     for model in nets.MODELS:
         yield f"{model} step", lambda model=model: one_step(section, model, nets.batch_of(section, images))
-    patches = patches_of(section)
+    patches = sf.ActivePatches(patches_of(section).active[:images])
     for layer, direction in conv_ops.cases():
         yield (
             conv_ops.name_of(layer, direction),
@@ -67,6 +68,15 @@ def jobs(section: Section) -> Iterator[tuple[str, Job]]:
         )
     for spec in row_ops.specs(patches, section.tiny):
         yield spec.name, lambda spec=spec: row_ops.run_once(spec.make())
+
+
+def maps_of_layers(section: Section) -> Iterator[tuple[str, Job]]:
+    """What the proofs of convolutions do besides: maps, and rows of maps."""
+    from bench.gpu.ops import patches_of
+
+    patches = sf.ActivePatches(patches_of(section).active[:IMAGES])
+    for layer in conv_ops.LAYERS:
+        yield f"maps of {layer.name}", lambda layer=layer: maps_of(Problem(layer, patches, section.tiny))
 
 
 def one_step(section: Section, model: str, batch: nets.Batch) -> None:
@@ -78,6 +88,13 @@ def one_layer(problem: Problem, direction: str) -> None:
     found, _ = own_backends(problem.op, problem.x.device, HALF, *problem.case)
     if "triton" in found:
         problem.ours(found["triton"], direction)()
+
+
+def maps_of(problem: Problem) -> None:
+    for rows in (problem.x, problem.grad):
+        dense = problem.map_of(rows)
+        for dtype in (HALF, torch.float64):
+            sf.SparseTensor.from_dense(dense.to(dtype), problem.patches)
 
 
 @contextlib.contextmanager
@@ -130,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     compiled = compile_only if chosen.device == "cuda" else lambda *launch: None  # the interpreter compiles nothing
     with sharing(chosen.part, chosen.of, chosen.every, compiled):
-        for name, job in jobs(section):
+        for name, job in (*jobs(section, IMAGES), *maps_of_layers(section)):
             try:
                 job()
             except Exception as error:
