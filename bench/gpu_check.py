@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 from bench.gpu.section import (
@@ -109,6 +110,8 @@ def run_all(chosen: argparse.Namespace, settings: Settings, folder: Path) -> int
     if chosen.out is None and "provenance" not in names:
         names.insert(0, "provenance")  # which tells the name of the results
     sections, path = {}, chosen.out
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     result = {"tiny": settings.tiny, "device": settings.device, "sections": sections}
 
     def progress(name: str, section: dict) -> None:
@@ -166,7 +169,7 @@ def run_section(
     """A section in processes of its own; a new one goes on where the GPU was lost or a case took too long.
 
     Args:
-        progress: gets the section as it is so far, whenever a case has begun or ended.
+        progress: gets the section as it is so far, every few seconds.
     """
     path, log, start = folder / f"{name}.json", folder / f"{name}.log", time.monotonic()
     end, code = start + seconds, None
@@ -197,17 +200,17 @@ def run_section(
 
 
 def run_process(
-    name: str, path: Path, log: Path, seconds: float, settings: Settings, changed: Callable[[], None] = lambda: None
+    name: str, path: Path, log: Path, seconds: float, settings: Settings, running: Callable[[], None] = lambda: None
 ) -> int | None:
     """Its exit status, None if it was stopped, RESTART if one of its cases was. Nothing that it started outlives it.
 
     Args:
-        changed: called while it runs, whenever its cases have changed.
+        running: called every few seconds meanwhile.
     """
     command = [sys.executable, "-m", "bench.gpu_check", "--section", name, "--out", str(path)]
     command += ["--device", settings.device, "--seconds", str(max(1.0, seconds - GRACE))]
     command += ["--tiny"] * settings.tiny + ["--tune"] * settings.tune
-    late, end, seen = None, time.monotonic() + max(1.0, seconds), None
+    late, end = None, time.monotonic() + max(1.0, seconds)
     with log.open("ab") as file:
         # A process group, to be ended as a whole. Not a session: that would outlive whoever ends this process by force.
         process = subprocess.Popen(
@@ -218,9 +221,7 @@ def run_process(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(min(POLL, max(0.1, end - time.monotonic())))
                 late = overdue(path)
-                before, seen = seen, path.stat().st_mtime_ns if path.exists() else None
-                if seen != before:
-                    changed()
+                running()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -261,6 +262,7 @@ def problems(section: dict) -> list[dict]:
     return [case for case in section["cases"] if case["status"] not in (PASSED, RUNNING)]
 
 
+@cache
 def commit() -> str:
     run = dict(capture_output=True, text=True, cwd=ROOT)
     try:

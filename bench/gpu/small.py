@@ -1,4 +1,4 @@
-"""Section "small": every op by every backend on tiny odd shapes against float64, forward and backward.
+"""Section "small": every op by every backend of ours on tiny odd shapes against float64, forward and backward.
 
 Each op, backend and dtype has a process of its own, several at a time, so that a crash takes no other along and
 compiling is shared out.
@@ -40,7 +40,7 @@ def parts_of(device: str) -> Iterator[tuple[str, list[str]]]:
     for op in ops:
         for dtype in gpu_small.DTYPES:
             for backend in candidates(op, torch.device(device), dtype):
-                if backend != "reference":
+                if backend in gpu_small.OWN:
                     short = str(dtype).removeprefix("torch.")
                     yield f"{op} {backend} {short}", ["--op", op, "--backend", backend, "--dtype", short]
 
