@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import spark_fast as sf
-from bench.gpu.measure import candidates, exact_float32, prove
+from bench.gpu.measure import candidates, exact_float32, poisoned, prove
 from bench.gpu.section import LOST
 from spark_fast.nn import functional
 from spark_fast.ops.conv import conv2d, conv_transpose2d, project
@@ -44,6 +44,10 @@ def active() -> torch.Tensor:
     """Three images with no, some and all patches active."""
     some = torch.tensor([[True, False, True], [False, False, True]])
     return torch.stack((torch.zeros_like(some), some, torch.ones_like(some)))
+
+
+def small_patches() -> sf.ActivePatches:
+    return sf.ActivePatches(active())
 
 
 def cases(patches: sf.ActivePatches) -> Iterator[Case]:
@@ -137,11 +141,12 @@ def results(case: Case, patches: sf.ActivePatches, dtype: torch.dtype, exact: bo
 
 def run_case(case: Case, name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> str | None:
     """Why this backend does not take the case, or None. AssertionError if its results are wrong."""
-    here, there = sf.ActivePatches(active().to(device)), sf.ActivePatches(active())
+    here, there = sf.ActivePatches(active().to(device)), small_patches()
     what = f"{case.op} {name} {case.name} {dtype}".replace("torch.", "")
     try:
         with sf.use_backend(name, case.op):
-            ours = results(case, here, dtype)
+            with poisoned():
+                ours = results(case, here, dtype)
             if quick:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
@@ -165,15 +170,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    parser.add_argument("--op", help="only this one")
+    parser.add_argument("--backend", help="only this one")
     parser.add_argument("--quick", action="store_true", help="run each case once, compare nothing")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, lines = torch.device(chosen.device), []
     with exact_float32():
-        for case in list(cases(sf.ActivePatches(active()))):
+        for case in [c for c in cases(small_patches()) if chosen.op in (None, c.op)]:
             for dtype in [getattr(torch, chosen.dtype)] if chosen.dtype else DTYPES:
                 for name in candidates(case.op, device, dtype):
-                    if name != "reference":
+                    if name != "reference" and chosen.backend in (None, name):
                         lines.append(verdict(case, name, device, dtype, chosen.quick))
                         print(lines[-1], flush=True)
     wrong = sum(line.startswith("WRONG") for line in lines)

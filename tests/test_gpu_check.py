@@ -122,6 +122,30 @@ def test_a_section_that_hangs_is_stopped(check, tmp_path, monkeypatch):
     assert section["status"] == "out of time" and section["cases"] == []
 
 
+def test_a_case_that_hangs_is_stopped_and_the_next_process_goes_on(check, tmp_path, monkeypatch):
+    """The first process begins a case and sleeps, the second finds it stopped."""
+    program = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.orig_argv[sys.orig_argv.index("--out") + 1])
+if path.exists():
+    cases = json.loads(path.read_text()) + [{"case": "next", "status": "passed"}]
+    path.write_text(json.dumps(cases))
+    raise SystemExit(0)
+path.write_text('[{"case": "hangs", "status": "running", "limit": 1.0}]')
+time.sleep(60)
+"""
+    (tmp_path / "sitecustomize.py").write_text(program)
+    monkeypatch.setattr(check, "environment", lambda settings: {**os.environ, "PYTHONPATH": str(tmp_path)})
+    monkeypatch.setattr(check, "POLL", 0.2)
+    seen = []
+    section = check.run_section(
+        "ops", tmp_path, 60.0, check.Settings("cpu", True, False), lambda *news: seen.append(news)
+    )
+    assert [(c["case"], c["status"]) for c in section["cases"]] == [("hangs", "failed"), ("next", "passed")]
+    assert "more than 1 s" in section["cases"][0]["error"] and section["status"] == "failed"
+    assert seen and seen[0][1]["cases"][0]["case"] == "hangs"
+
+
 def test_a_section_that_cannot_start_says_why(check, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os; print('no driver'); os._exit(3)")
     monkeypatch.setattr(check, "environment", lambda settings: {**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -133,7 +157,7 @@ def test_a_section_that_cannot_start_says_why(check, tmp_path, monkeypatch):
 def test_a_process_that_lost_the_gpu_is_followed_by_another(check, tmp_path, monkeypatch, code):
     code, runs = getattr(check, str(code), code), []
 
-    def run_process(name, path, log, seconds, settings):
+    def run_process(name, path, log, seconds, settings, changed):
         runs.append(name)
         path.write_text('[{"case": "a", "status": "passed"}]')
         return code if len(runs) < 3 else 0
@@ -146,9 +170,10 @@ def test_a_process_that_lost_the_gpu_is_followed_by_another(check, tmp_path, mon
 def fake_sections(check, monkeypatch, statuses: dict[str, str]) -> list[str]:
     ran = []
 
-    def run_section(name, folder, seconds, settings):
+    def run_section(name, folder, seconds, settings, progress):
         ran.append(name)
         cases = [{"case": "a", "status": "passed", "gains": {"dense": 2.0}}]
+        progress(name, {"status": "running", "seconds": 0, "cases": cases})
         return {
             "status": statuses.get(name, "passed"),
             "seconds": 1,
@@ -165,7 +190,7 @@ def test_exit_status_and_results_when_one_section_fails(check, tmp_path, monkeyp
     ran = fake_sections(check, monkeypatch, {"ops": "failed"})
     path = tmp_path / "out.json"
     assert check.main([*TINY, "--out", str(path)]) == 1
-    assert ran == list(check.SHARES)
+    assert ran == [name for name in check.SHARES if name != "tune"]
     assert saved(path)["sections"]["ops"]["status"] == "failed"
     assert "training" in saved(path)["sections"]
     assert "ops: failed" in capsys.readouterr().out
@@ -208,9 +233,49 @@ def test_figures_that_mean_nothing_need_a_place_of_their_own(check, capsys):
         assert "--out" in capsys.readouterr().err
 
 
-def test_the_shares_fit_the_default_budget(check):
+def test_the_shares_fit_the_default_budgets(check):
     assert isinstance(check.parse(["--out", "x"]), argparse.Namespace)
-    assert sum(check.SHARES.values()) <= check.parse(["--out", "x"]).budget < 480
+    everything = sum(check.SHARES.values())
+    assert everything - check.SHARES["tune"] <= check.parse(["--out", "x"]).budget < 480
+    assert everything <= check.parse(["--out", "x", "--tune"]).budget < 590
+    assert check.parse(["--out", "x", "--tune", "--budget", "100"]).budget == 100
+
+
+def test_tuning_is_asked_for(check, tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    for arguments, expected in (
+        (["--only", "ops"], ["ops"]), (["--only", "ops", "--tune"], ["tune", "ops"]), (["--only", "tune"], ["tune"]),
+    ):  # fmt: skip
+        ran = fake_sections(check, monkeypatch, {})
+        check.main([*TINY, "--out", str(path), *arguments])
+        assert ran == expected
+
+
+def test_what_is_known_is_on_disk_while_a_section_runs(check, tmp_path, monkeypatch):
+    fake_sections(check, monkeypatch, {})
+    path, fake, seen = tmp_path / "out.json", check.run_section, []
+
+    def run_section(*arguments):
+        found = fake(*arguments)
+        seen.append(saved(path)["sections"])
+        return found
+
+    monkeypatch.setattr(check, "run_section", run_section)
+    assert check.main([*TINY, "--out", str(path), "--only", "ops", "nets"]) == 0
+    assert [{name: s["status"] for name, s in sections.items()} for sections in seen] == [
+        {"ops": "running"}, {"ops": "passed", "nets": "running"},
+    ]  # fmt: skip
+
+
+def test_tables_of_several_runs_are_joined(check, tmp_path, monkeypatch):
+    cache, tables, beside = (tmp_path / name for name in ("cache", "tables", "beside"))
+    monkeypatch.setattr(check, "TABLES", tables)
+    cache.mkdir()
+    for entries in ({"a": 1, "b": 1}, {"b": 2}):
+        (cache / "tuning-some-gpu.json").write_text(json.dumps({"versions": {"torch": "2"}, "entries": entries}))
+        check.ship_tables(cache, [tables, beside])
+    for path in (tables / "some-gpu.json", beside / "tuning-some-gpu.json"):
+        assert saved(path) == {"versions": {"torch": "2"}, "entries": {"a": 1, "b": 2}}
 
 
 # The whole

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import spark_fast as sf
+from spark_fast.ops import triton_launch, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,15 +53,94 @@ def test_a_wrong_encoder_is_noticed(part, monkeypatch):
         nets.prove(encoder, batch)
 
 
-def test_kernels_are_run_once_before_the_timing(part, monkeypatch):
+def test_compiling_is_shared_out(part, monkeypatch):
+    """Each launch of the jobs goes to one process, with every configuration if asked for, and none is run."""
     monkeypatch.setattr(part("nets"), "TINY", True)
-    warm, ran = part("gpu.warm"), []
-    jobs = list(warm.jobs(SimpleNamespace(tiny=True, device="cpu")))
-    for job in jobs[::8]:
-        job()
-    monkeypatch.setattr(warm, "jobs", lambda section: [lambda i=i: ran.append(i) or 1 // (3 - i) for i in range(6)])
-    assert [warm.main(["--part", str(p), "--of", "2", "--device", "cpu"]) for p in range(2)] == [0, 1]
-    assert sorted(ran) == list(range(6))
+    warm, triton = part("gpu.warm"), importlib.import_module("spark_fast.ops.conv.triton")
+    section = SimpleNamespace(tiny=True, device="cpu")
+    monkeypatch.setattr(triton.gather_gemm, "run", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr(  # which the interpreter's kernels do not have
+        triton_launch, "_describe",
+        lambda kernel, args, constants: SimpleNamespace(key=(kernel.__name__, str(sorted(constants.items())))),
+    )  # fmt: skip
+    chosen = [(name, job) for name, job in warm.jobs(section, 2) if name.startswith("3x3-side1-512-512")]
+    assert len(chosen) == 3
+    monkeypatch.setattr(warm, "jobs", lambda section, images: chosen)
+    monkeypatch.setattr(warm, "maps_of_layers", lambda section: [])
+    found = {}
+    for of in (1, 3):
+        for every in ((), ("--every",)):
+            launches = [
+                shared(warm, monkeypatch, ["--part", str(part), "--of", str(of), "--device", "cpu", "--tiny", *every])
+                for part in range(of)
+            ]
+            found[of, bool(every)] = sorted(launch for share in launches for launch in share)
+    assert found[1, False] == found[3, False] and found[1, True] == found[3, True]
+    from spark_fast.ops.conv import configs
+
+    one, all_of = (Counter(name for name, _ in found[1, every]) for every in (False, True))
+    assert one == {"gather_gemm": 2, "outer_product": 1}  # there and back, and of the weight
+    assert all_of["gather_gemm"] == 2 * len(configs.UNFOLDED_GATHER)
+    assert all_of["outer_product"] == len(configs.UNFOLDED_OUTER)
+
+
+def shared(warm, monkeypatch, arguments: list[str]) -> list[tuple[str, str]]:
+    made, sharing = [], warm.sharing
+    note = lambda kernel, args, constants: made.append((kernel.__name__, str(sorted(constants.items()))))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(warm, "sharing", lambda part, of, every, compiled: sharing(part, of, every, note))
+        patch.setattr(
+            tuning, "run",
+            lambda kernel, case, rows, configs, default, function, device: (
+                tuning.best(kernel, case, rows, configs, function, device), function(default)
+            )[1],
+        )  # fmt: skip
+        assert warm.main(arguments) == 0
+    return made
+
+
+def test_memory_nobody_wrote_and_races_are_noticed(part):
+    measure, calls = part("gpu.measure"), []
+    x = torch.randn(5)
+
+    def partly():
+        out = torch.empty(5)
+        out[:4] = x[:4]
+        return [out]
+
+    results = measure.results_of(partly)
+    assert results[0][4].isnan()
+    with pytest.raises(AssertionError, match="not finite"):
+        measure.prove("partly", results, [x], [x.double()], [1])
+
+    def racing():
+        calls.append(1)
+        return [x * len(calls)]
+
+    with pytest.raises(AssertionError, match="two runs differ"):
+        measure.prove_repeated("racing", racing, measure.results_of(racing))
+
+
+def test_tuning_records_what_it_measured(part, monkeypatch):
+    tune, config = part("gpu.tune"), {"BLOCK": 32}
+    monkeypatch.setattr(tuning, "measured", {"known": [(1.0, config)]})
+    entry = tune.found_by(lambda: tuning.measured.update({"new": [(0.123456, config)]}))
+    assert entry == {"measured": {"new": [[0.1235, config]]}}
+
+
+def test_the_small_cases_are_shared_out_whole(part, monkeypatch):
+    small, section = part("gpu.small"), part("gpu_small")
+    parts = dict(small.parts_of("cuda"))
+    every = {f"{case.op} {name} bfloat16" for case in section.cases(section.small_patches())
+             for name in section.candidates(case.op, torch.device("cuda"), torch.bfloat16)}  # fmt: skip
+    own = {name for name in every if name.split()[1] in section.OWN}
+    assert own and {name for name in parts if name.endswith("bfloat16")} == own
+    assert parts["conv triton float32"] == ["--op", "conv", "--backend", "triton", "--dtype", "float32"]
+    commands = part("gpu.commands")
+    output = "ok conv triton a\nWRONG conv triton b: AssertionError: off\n1 wrong\n"
+    monkeypatch.setattr(small, "run_command", lambda command, seconds: commands.Done(1, output))
+    entry = small.run_small(["command"], 1.0)
+    assert entry["cases"] == 1 and entry["error"] == "ended with 1" and entry["output"][0].startswith("WRONG conv")
 
 
 def test_a_graph_that_computes_something_else_is_noticed(part, monkeypatch):
@@ -144,6 +226,43 @@ def test_losses_too_far_apart_fail(part):
 def test_sanitizer_output(part, tool, code, output, errors, failed):
     entry = part("gpu.sanitizer").counted(tool, code, output)
     assert entry["errors"] == errors and ("error" in entry) == failed
+
+
+def fake_build(part, monkeypatch, works) -> tuple[dict, list[list[str]]]:
+    """The entry of a build in which `works(command)`; the modules load after a command that works, and what was run."""
+    build, commands, ran = part("gpu.build"), part("gpu.commands"), []
+
+    def run_command(command, seconds, environment=None):
+        if "-c" in command:
+            return commands.Done(0 if any(map(works, ran)) else 1, "no module")
+        if "--cmakedir" in command or "nvidia-smi" in command[0]:
+            return commands.Done(0, "9.0\n" if "nvidia-smi" in command[0] else "/pybind11\n")
+        ran.append(command)
+        return commands.Done(0 if works(command) else 1, f"{command[0]} printed this")
+
+    monkeypatch.setattr(build, "run_command", run_command)
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(build, "cuda_tool", lambda name: f"/cuda/{name}")
+    monkeypatch.delenv("SPARK_FAST_CUDA_ARCHS", raising=False)
+    return build.build(SimpleNamespace(device="cuda", left=100.0), build.LOADS), ran
+
+
+def test_the_modules_are_built_by_pip_else_by_cmake_and_it_is_told(part, monkeypatch):
+    entry, ran = fake_build(part, monkeypatch, lambda command: True)
+    assert entry["built"] == "pip" and len(ran) == 1 and entry["SPARK_FAST_CUDA_ARCHS"] == "90"
+    assert "output" not in entry and "error" not in entry
+    entry, ran = fake_build(part, monkeypatch, lambda command: command[0] == "/bin/cmake")
+    assert entry["built"] == "cmake" and "error" not in entry
+    assert entry["output"][0] == "pip:" and [c[1] for c in ran[1:]] == ["-S", "--build"]
+    assert "-DSPARK_FAST_CUDA_ARCHS=90" in ran[1]
+    entry, _ = fake_build(part, monkeypatch, lambda command: False)
+    assert entry["error"] == "the build failed" and {"pip:", "cmake:"} <= set(entry["output"])
+
+
+def test_every_test_that_needs_a_gpu_is_among_those_that_run_there(part):
+    marked = {p for p in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", p.read_text())}
+    places = [ROOT / a for a in part("gpu.tests").RUNS["gpu"][0] if a.startswith("tests")]
+    assert marked and all(any(path.is_relative_to(place) for place in places) for path in marked)
 
 
 def test_pytest_output_is_counted_even_if_it_breaks_off(part, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import spark_fast as sf
-from bench.gpu.measure import HALF, Peaks, compare, own_backends, prove
+from bench.gpu.measure import HALF, Peaks, compare, own_backends, prove, prove_repeated, results_of
 from bench.gpu.section import NotAvailableError
 from bench.layers import Layer, pairs
 from spark_fast.ops.window import Geometry, Window
@@ -73,7 +73,7 @@ class Problem:
         self, direction: str, dtype: torch.dtype = HALF, memory_format: torch.memory_format = torch.channels_last
     ) -> Callable[[], torch.Tensor]:
         """The same direction by PyTorch on the zero-filled maps."""
-        x, grad, w = self._map(self.x), self._map(self.grad), self.w
+        x, grad, w = self.map_of(self.x), self.map_of(self.grad), self.w
         x, grad, w = (t.to(dtype, memory_format=memory_format) for t in (x, grad, w))
         stride, padding, groups = self.window.stride, self.window.padding, self.layer.groups
         if direction == "forward":
@@ -83,7 +83,7 @@ class Problem:
             grad, x, w, None, stride, padding, (1, 1), False, (0, 0), groups, wanted
         )[DIRECTIONS.index(direction) - 1]
 
-    def _map(self, rows: torch.Tensor) -> torch.Tensor:
+    def map_of(self, rows: torch.Tensor) -> torch.Tensor:
         side = self.geometry.side_in if rows is self.x else self.geometry.side_out
         return sf.SparseTensor(rows, self.patches, side).to_dense()
 
@@ -125,7 +125,11 @@ def measure(problem: Problem, direction: str, peaks: Peaks) -> dict:
     theirs = problem.rows(problem.dense(direction)(), direction)
     sides = {name: problem.ours(run, direction) for name, run in found.items()}
     for name, run in sides.items():
-        prove(f"{name} {name_of(layer, direction)}", [run()], [theirs], [oracle], [problem.terms(direction)])
+        what = f"{name} {name_of(layer, direction)}"
+        ours = results_of(lambda run=run: [run()])
+        prove(what, ours, [theirs], [oracle], [problem.terms(direction)])
+        if name != "library":
+            prove_repeated(what, lambda run=run: [run()], ours)
     del oracle, theirs
     depthwise = problem.op == "depthwise"
     forms = MEMORY_FORMATS if depthwise else {"channels_last": torch.channels_last}

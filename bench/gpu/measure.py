@@ -48,7 +48,7 @@ def measure_peaks(device: torch.device, tiny: bool) -> Peaks:
     n, size = (64, 2**16) if tiny else (8192, 2**30)
     a, b = (torch.randn(n, n, device=device) for _ in "ab")
     low, low_b = a.to(HALF), b.to(HALF)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with exact_float32():
         single = 2 * n**3 / seconds(lambda: torch.mm(a, b), device)
@@ -116,7 +116,10 @@ def compare(
     sides: Mapping[str, Run], dense: Mapping[str, Run], device: torch.device, peaks: Peaks, flops: float, size: float,
     tensor_cores: bool = True,
 ) -> dict:  # fmt: skip
-    """Times of all sides, the gain of the fastest of ours over the fastest dense form, rates and share of the floor."""
+    """Times of all sides, the gain of the fastest of ours over the fastest dense form, rates and share of the floor.
+
+    "spread": how far a second measurement of the fastest of ours is from the first, relative.
+    """
     times = {name: time_kernels(run, device) for name, run in (*sides.items(), *dense.items())}
     us = {name: found["us"] for name, found in times.items()}
     best, best_dense = min(sides, key=us.get), min(dense, key=us.get)
@@ -126,6 +129,7 @@ def compare(
         "best": best, "dense_form": best_dense, "gains": {"dense": round(us[best_dense] / us[best], 3)},
         "of_floor": round(peaks.floor(flops, size, tensor_cores) / duration, 3),
         "tbs": significant(size / duration / 1e12),
+        "spread": round(abs(float(time_kernels(sides[best], device)["us"]) / us[best] - 1), 4),
     }  # fmt: skip
     if flops:
         entry["tflops"] = significant(flops / duration / 1e12)
@@ -169,6 +173,33 @@ def forced(op: str, name: str, run: Callable[..., object]) -> Callable[..., obje
             return run(*args)
 
     return with_backend
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, new memory is NaN (integers: the largest value), so that elements which nobody wrote show.
+
+    torch does that in its deterministic mode; with warn_only the mode refuses no operation.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def results_of(run: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Of a run into poisoned memory."""
+    with poisoned():
+        return list(run())
+
+
+def prove_repeated(what: str, run: Callable[[], Sequence[torch.Tensor]], first: Sequence[torch.Tensor]) -> None:
+    """AssertionError unless another run gives the bits of the first: nothing is read that was not written, and no sum
+    depends on which block is faster."""
+    for number, (now, then) in enumerate(zip(run(), first, strict=True)):
+        assert torch.equal(now, then), f"{what}, result {number}: two runs differ"
 
 
 def prove(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-
 import torch
 
 import spark_fast as sf
 from bench.gpu import conv_ops, row_ops, warm
-from bench.gpu.measure import HALF, Peaks, measure_peaks
+from bench.gpu.measure import Peaks, measure_peaks
 from bench.gpu.section import Section
-from bench.settings import ROOT
-from spark_fast.ops import tuning
 
 RATIO = 0.6
+LIMIT = 25.0  # seconds of a case, whose kernel may hang
 
 
 def patches_of(section: Section) -> sf.ActivePatches:
@@ -40,20 +36,17 @@ def run(section: Section) -> None:
         peaks.append(Peaks(*(1e12 * known[k] for k in ("half_tflops", "single_tflops", "copy_tbs"))))
     else:
         section.case("peaks", ceilings)
-    with sf.autotune() if section.tune else contextlib.nullcontext():
-        _measure_all(section, patches, lambda: peaks[0])
-    if section.tune and device.type == "cuda":
-        section.case("tuning table", ship_table)
+    measure_all(section, patches, lambda: peaks[0])
 
 
-def _measure_all(section: Section, patches: sf.ActivePatches, peaks) -> None:
+def measure_all(section: Section, patches: sf.ActivePatches, peaks) -> None:
     for layer, direction in conv_ops.cases():
 
         def one(layer=layer, direction=direction) -> dict:
             torch.manual_seed(0)
             return conv_ops.measure(conv_ops.Problem(layer, patches, section.tiny), direction, peaks())
 
-        section.case(conv_ops.name_of(layer, direction), one)
+        section.case(conv_ops.name_of(layer, direction), one, limit=LIMIT)
     for spec in row_ops.specs(patches, section.tiny):
         for direction in spec.directions:
 
@@ -61,13 +54,4 @@ def _measure_all(section: Section, patches: sf.ActivePatches, peaks) -> None:
                 torch.manual_seed(0)
                 return row_ops.measure(spec.make(), direction, peaks())
 
-            section.case(f"{spec.name} {direction}", two)
-
-
-def ship_table() -> dict:
-    """Copies what tuning found to where the package looks for it."""
-    gpu = tuning.slug(torch.cuda.get_device_name())
-    found = tuning.cache_file(gpu)
-    tuning.TABLES.mkdir(exist_ok=True)
-    shutil.copyfile(found, tuning.TABLES / f"{gpu}.json")
-    return {"table": str((tuning.TABLES / f"{gpu}.json").relative_to(ROOT)), "dtype": str(HALF)}
+            section.case(f"{spec.name} {direction}", two, limit=LIMIT)

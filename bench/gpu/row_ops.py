@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import spark_fast as sf
-from bench.gpu.measure import HALF, Peaks, compare, forced, own_backends, prove
+from bench.gpu.measure import (
+    HALF,
+    Peaks,
+    compare,
+    forced,
+    own_backends,
+    prove,
+    prove_repeated,
+    results_of,
+)
 from bench.gpu.section import NotAvailableError
 from bench.layers import pairs
 from bench.nets import plain_loss
@@ -263,9 +272,12 @@ def measure(case: Case, direction: str, peaks: Peaks) -> dict:
             del sides[name]
             continue
         truths = truths or _truths(case, direction)
-        results = _runner(ours, case.proof or case.inputs, case, direction)()
+        proof, what = _runner(ours, case.proof or case.inputs, case, direction), f"{name}, {case.op}"
+        results = results_of(proof)
         try:
-            prove(f"{name}, {case.op}", results, *truths, case.terms[: len(results)])
+            prove(what, results, *truths, case.terms[: len(results)])
+            if name != "library":
+                prove_repeated(what, proof, results)
         except AssertionError as error:
             if name != "library":  # PyTorch's own kernels: timed as they are, and it is said
                 raise

@@ -1,4 +1,4 @@
-"""Section "sanitizer": the small cases by themselves, then under compute-sanitizer's memcheck and racecheck."""
+"""Section "sanitizer": the small cases in bfloat16 under compute-sanitizer's memcheck and racecheck."""
 
 from __future__ import annotations
 
@@ -15,21 +15,10 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocati
 
 
 def run(section: Section) -> None:
-    small = [sys.executable, "-m", "bench.gpu_small", "--device", section.device]
-    tiny = ["--dtype", "bfloat16"] if section.tiny else []
-    section.case("small cases", lambda: run_small([*small, *tiny], section.left))
+    small = [sys.executable, "-m", "bench.gpu_small", "--device", section.device, "--dtype", "bfloat16"]
     for number, tool in enumerate(TOOLS):
         share = 1 / (len(TOOLS) - number)
         section.case(tool, lambda tool=tool, share=share: check(tool, small, section.left * share))
-
-
-def run_small(command: list[str], seconds: float) -> dict:
-    done = run_command(command, seconds)
-    entry = {"cases": len(re.findall(r"^ok ", done.output, re.MULTILINE))}
-    if done.code != 0:
-        entry |= {"error": "out of time" if done.code is None else f"ended with {done.code}"}
-        entry |= {"output": tail(done.output, 30)}
-    return entry
 
 
 def check(name: str, command: list[str], seconds: float) -> dict:

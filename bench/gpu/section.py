@@ -15,7 +15,9 @@ from typing import Any
 RUNNING, PASSED, FAILED, UNREACHED, ABSENT = "running", "passed", "failed", "no time left", "not available"
 RESTART = 75  # exit status: the GPU is unusable for this process, a new one may go on
 LOST = re.compile(
-    r"illegal memory access|misaligned address|device-side assert|unspecified launch failure|CUDA-capable"
+    r"illegal memory access|misaligned address|device-side assert|unspecified launch failure|CUDA-capable|"
+    r"illegal instruction|illegal address|invalid program counter|hardware stack error|launch timed out|ECC error|"
+    r"EXECUTION_FAILED"
 )
 
 
@@ -56,11 +58,14 @@ class Section:
         """Seconds."""
         return self.deadline - time.monotonic()
 
-    def case(self, name: str, run: Callable[[], dict[str, Any]], optional: bool = False) -> dict[str, Any] | None:
+    def case(
+        self, name: str, run: Callable[[], dict[str, Any]], optional: bool = False, limit: float | None = None
+    ) -> dict[str, Any] | None:
         """Runs and records one case: `run` returns what is known of it. An exception is recorded and goes no further.
 
         Args:
             optional: neither its failure nor its absence makes the section fail.
+            limit: seconds after which the check ends this process, whose kernel may hang, and another goes on.
 
         Raises:
             LostDeviceError: after a CUDA error that no process survives.
@@ -69,6 +74,7 @@ class Section:
             return None
         entry: dict[str, Any] = {"case": name, "status": RUNNING if self.left > 0 else UNREACHED}
         entry |= {"optional": True} if optional else {}
+        entry |= {"limit": limit} if limit and not self.tiny else {}
         self.cases.append(entry)
         self.save()
         if entry["status"] == UNREACHED:
@@ -96,6 +102,13 @@ def _where(error: Exception) -> list[str]:
     """Places of the innermost calls, without the machine's folders."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
     return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+
+
+def overdue(path: Path) -> float | None:
+    """The limit of the running case, if it is over it: its file was written when it began."""
+    last = next(iter(read_cases(path)[-1:]), {})
+    limit = last.get("limit") if last.get("status") == RUNNING else None
+    return limit if limit and time.time() - path.stat().st_mtime > limit else None
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import sys
 from collections import Counter
@@ -14,30 +15,27 @@ from bench.gpu.section import Section
 from bench.settings import ROOT
 
 RUNS = {
-    "gpu": (["tests", "-m", "gpu"], 0.5),
+    "gpu": (["tests/native", "tests/train/test_cuda_graph.py", "-m", "gpu"], 0.4),
     "triton": (["tests/ops", "-k", "triton", "--ignore=tests/ops/test_triton_report.py"], 1.0),
 }  # the second number: share of the section's time that is left
 TINY = {"gpu": (["tests/native", "-m", "gpu"], 0.5), "triton": (["tests/ops/test_backend.py", "-k", "triton"], 1.0)}
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 LINE = re.compile(rf"^(?P<test>\S.*?::.*?) (?P<outcome>{OUTCOMES})\b", re.MULTILINE)
 SHARED_LINE = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<outcome>{OUTCOMES}) (?P<test>\S.*?::.*?) *$", re.MULTILINE)
-PROCESSES = 6  # of pytest-xdist, where it is installed: compiling kernels takes longest
+PROCESSES = 12  # of pytest-xdist, at most, where it is installed: compiling kernels takes longest
 NO_TESTS = 5  # pytest's exit status
 
 
 def run(section: Section) -> None:
     for name, (arguments, share) in (TINY if section.tiny else RUNS).items():
-        shared = section.device == "cuda" and importlib.util.find_spec("xdist") is not None
-        section.case(
-            name,
-            lambda arguments=arguments, share=share, shared=shared: run_pytest(
-                [*arguments, *(["-n", str(PROCESSES)] if shared else [])], section.left * share
-            ),
-        )
+        if section.device == "cuda" and importlib.util.find_spec("xdist"):
+            arguments = [*arguments, "-n", str(min(PROCESSES, os.cpu_count() or 1))]
+        section.case(name, lambda arguments=arguments, share=share: run_pytest(arguments, section.left * share))
 
 
 def run_pytest(arguments: list[str], seconds: float) -> dict:
-    ignored = missing_imports(ROOT / arguments[0])
+    places = [ROOT / a for a in arguments if a.startswith("tests")]
+    ignored = {path: lacking for place in places for path, lacking in missing_imports(place).items()}
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
     command += [f"--ignore={path}" for path in ignored]
     done = run_command(command, seconds)

@@ -28,6 +28,7 @@ Config = dict[str, int | str]
 Result = TypeVar("Result")
 
 TABLES = Path(__file__).parent / "tables"
+measured: dict[str, list[tuple[float, Config]]] = {}  # key -> milliseconds of what this process measured, fastest first
 _found: dict[str, dict[str, Config]] = {}  # GPU -> key -> the config in use
 _looked_up: dict[tuple, Config | None] = {}  # the same by argument, for speed; None: nothing is known
 # Of the process, not of a thread: on a GPU, backward passes run in threads of PyTorch's own.
@@ -82,8 +83,10 @@ def best(
         with torch.cuda.device(device):  # whose stream is looked at, and timed
             if torch.cuda.is_current_stream_capturing():
                 return None
-            config = _measure(configs, function)
-        _remember(_gpu(device.index), f"{_key(kernel, case)}|2^{bucket}", config)
+            times = _measure(configs, function)
+        key, config = f"{_key(kernel, case)}|2^{bucket}", times[0][1]
+        measured[key] = times
+        _remember(_gpu(device.index), key, config)
     return config
 
 
@@ -115,17 +118,18 @@ def _may_measure() -> bool:
     return in_group or not distributed
 
 
-def _measure(configs: Sequence[Config], function: Callable[[Config], Any]) -> Config:
-    times = {}
-    for number, config in enumerate(configs):
+def _measure(configs: Sequence[Config], function: Callable[[Config], Any]) -> list[tuple[float, Config]]:
+    """Milliseconds of those that run on this GPU, fastest first."""
+    times = []
+    for config in configs:
         try:
-            times[number] = milliseconds(lambda config=config: function(config))
+            times.append((milliseconds(lambda config=config: function(config)), config))
         except Exception as error:  # a config may need more registers or shared memory than this GPU has
             if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
                 raise
     if not times:
         raise RuntimeError(f"none of {len(configs)} configurations runs on this GPU")
-    return configs[min(times, key=times.get)]
+    return sorted(times, key=lambda entry: entry[0])
 
 
 def milliseconds(function: Callable[[], Any]) -> float:

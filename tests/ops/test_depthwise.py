@@ -159,8 +159,8 @@ def test_triton_keeps_nan_where_it_is_read(name, some_patches, on_triton):
 
 
 def test_triton_leaves_float64_to_the_reference(some_patches, on_triton):
-    geometry = Geometry.of(some_patches, 2, Window((3, 3), padding=(1, 1)))
-    x, weight = torch.randn(geometry.rows_in, 5).double(), torch.randn(5, 1, 3, 3).double()
+    geometry = Geometry.of(ActivePatches(some_patches.active.to(on_triton)), 2, Window((3, 3), padding=(1, 1)))
+    x, weight = (torch.randn(s, device=on_triton).double() for s in ((geometry.rows_in, 5), (5, 1, 3, 3)))
     with pytest.raises(sf.BackendError, match="float64"):
         depthwise_conv2d(x, weight, None, geometry)
 

@@ -238,7 +238,8 @@ def test_triton_copies_nothing(norm, some_patches, monkeypatch, on_triton):
 
     for name in ("gather", "scatter"):
         monkeypatch.setattr(triton, name, refuse)
-    value_and_grads(one_pass(norm, some_patches, 2), *samples(some_patches, 2, 5, torch.float32, on_triton))
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    value_and_grads(one_pass(norm, patches, 2), *samples(patches, 2, 5, torch.float32, on_triton))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -281,6 +282,7 @@ def test_triton_without_rows_channels_or_images(norm, on_triton):
 
 
 def test_triton_leaves_float64_to_the_library(some_patches, on_triton):
-    x = torch.randn(some_patches.rows(1), 3, dtype=torch.float64)
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
+    x = torch.randn(patches.rows(1), 3, dtype=torch.float64, device=on_triton)
     with pytest.raises(sf.BackendError, match="float64"):
-        layer_norm_scatter(x, some_patches, 1)
+        layer_norm_scatter(x, patches, 1)

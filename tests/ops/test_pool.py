@@ -150,8 +150,9 @@ def test_triton_max_repeats_bit_for_bit_on_any_memory(some_patches, on_triton):
 
 
 def test_triton_max_leaves_float64_to_the_reference(some_patches, on_triton):
+    patches = sf.ActivePatches(some_patches.active.to(on_triton))
     with pytest.raises(sf.BackendError, match="float64"):
-        max_pool2d(torch.randn(some_patches.rows(2), 3).double(), some_patches, 2, 2)
+        max_pool2d(torch.randn(patches.rows(2), 3, device=on_triton).double(), patches, 2, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

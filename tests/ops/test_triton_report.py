@@ -81,3 +81,16 @@ def test_half_precision_products_use_tensor_cores(made):
         products = [r for r in rows if r["kernel"] in ("gather_gemm", "outer_product") and "float32" not in r["case"]]
         assert products and all(row["products"] in ("mma", "wgmma") for row in products)
         assert any(row["products"] == "wgmma" for row in products if row["arch"] == 90)
+
+
+def test_shared_memory_is_what_a_block_may_use():
+    """Also with two blocks on a multiprocessor. KiB: 163 of a block on sm_80, 227 on sm_90."""
+    most = {80: 163, 90: 227}
+    assert not [row for row in COMMITTED if 2 * row["shared"] > 1024 * most[row["arch"]]]
+
+
+def test_tiles_of_64_rows_use_the_matrix_units_of_sm_90():
+    """wgmma takes 64 rows: BLOCK_C of 32 and 16, for few channels, cannot."""
+    rows = [r for r in COMMITTED if r["kernel"] in ("gather_gemm", "outer_product") and r["arch"] == 90]
+    wide = [r for r in rows if "float32" not in r["case"] and not r["config"].startswith(("C=32 ", "C=16 "))]
+    assert len(wide) > 100 and {row["products"] for row in wide} == {"wgmma"}

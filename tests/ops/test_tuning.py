@@ -160,6 +160,13 @@ def test_versions_change_with_the_kernels_source(monkeypatch, tmp_path):
         tuning.versions.cache_clear()
 
 
+def test_all_that_was_measured_is_told(gpu, monkeypatch):
+    monkeypatch.setattr(tuning, "measured", {})
+    with sf.autotune():
+        chosen()
+    assert tuning.measured == {"conv.gather|bf16|64|2^10": [(1.0, CONFIGS[1]), (2.0, CONFIGS[2]), (3.0, CONFIGS[0])]}
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\0"])
 def test_a_damaged_cache_is_reported_and_replaced(gpu, content):
     path = tuning.cache_file("test-gpu-1")
