@@ -53,6 +53,8 @@ class DifferentError(Exception):
 class Kind:
     """What `views.make` asks of a map."""
 
+    fusion = None
+
     def __init__(self, patches: sf.ActivePatches, side: int):
         self.patches, self.side = patches, side
 
