@@ -1,4 +1,7 @@
-"""Which gradients are computed, and from what. `wanted` tells it for each of features, weight1, bias1, weight2, bias2."""
+"""Which gradients are computed, and from what.
+
+`wanted` tells for each of features, weight1, bias1, weight2 and bias2 whether its gradient is.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def _outputs(features, weight1, bias1, weight2, bias2, keep, forced):
 
 
 @graph.op(
-    "mlp_forward(Tensor features, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep, str backend) "
-    "-> (Tensor, Tensor)",
+    "mlp_forward(Tensor features, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep, "
+    "str backend) -> (Tensor, Tensor)",
     fake=_outputs,
 )
 def forward(features, weight1, bias1, weight2, bias2, keep, forced):
