@@ -188,10 +188,10 @@ def mlps(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
             for wanted in ([True] * 4, [True, True, False, False]):
                 triton.backward(x, x, hidden, w1, w2, wanted)
 
-        for direction, run in (("forward", forward), ("backward", backward)):
+        for direction, run, tiles in (("forward", forward, configs.FORWARD), ("backward", backward, configs.BACKWARD)):
             name = f"mlp {direction}, {channels} -> {width}, side {side}, {short(dtype)}"
             for precision in ("tf32", "ieee") if dtype == FLOAT else ("ieee",):
-                shipped = tuple(configs.choices(dtype, precision)) if every_config else ()
+                shipped = tuple(configs.choices(tiles, dtype, precision)) if every_config else ()
                 products = with_matmuls_in(precision, run)
                 suffix = "" if dtype != FLOAT else " in TF32" if precision == "tf32" else " without TF32"
                 yield Case(name + suffix, dtype, products, shipped)

@@ -285,13 +285,15 @@ def test_triton(shape, dtype, on_triton):
     check(shape, dtype, on_triton)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "number"),
-    [(dtype, n) for dtype in HALVES for n in range(len(configs.choices(dtype, "ieee")))],
-    ids=str,
-)
-def test_triton_in_every_configuration(dtype, number, on_triton):
-    with tuning.forced(configs.choices(dtype, "ieee")[number]):
+def every_config(dtype, precision="ieee"):
+    """A configuration forced serves both directions."""
+    found = [c for tiles in (configs.FORWARD, configs.BACKWARD) for c in configs.choices(tiles, dtype, precision)]
+    return [config for n, config in enumerate(found) if config not in found[:n]]
+
+
+@pytest.mark.parametrize(("dtype", "config"), [(d, config) for d in HALVES for config in every_config(d)], ids=str)
+def test_triton_in_every_configuration(dtype, config, on_triton):
+    with tuning.forced(config):
         check((150, 70, 140, 70), dtype, on_triton)
         check((0, 3, 5, 2), dtype, on_triton)
 
@@ -303,11 +305,11 @@ def tf32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_triton_products_in_tf32_keep_its_precision(number, tf32, on_triton):
+@pytest.mark.parametrize("config", [c for c in every_config(torch.float32, "tf32") if c not in configs.PASSES], ids=str)
+def test_triton_products_in_tf32_keep_its_precision(config, tf32, on_triton):
     """The interpreter multiplies in float32 all the same; the tiles are those for TF32."""
     inputs = make((150, 70, 140, 70), torch.float32, on_triton)
-    with tuning.forced(configs.choices(torch.float32, "tf32")[len(configs.PASSES) + number]):
+    with tuning.forced(config):
         ours, our_grads = value_and_grads(mlp, *inputs)
     true, grads = value_and_grads(pytorchs, *(t.double() for t in inputs))
     for mine, exact in zip((ours, *our_grads), (true, *grads), strict=True):

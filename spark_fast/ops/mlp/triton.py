@@ -44,7 +44,7 @@ def forward(features, weight1, bias1, weight2, bias2, keep: bool) -> tuple[torch
 
     dots = dot_constants(matmul=True)
     case = (features.dtype, channels, width, keep, bias1 is not None, dots["PRECISION"])
-    hidden, activated = _tuned("mlp.hidden", case, features, dots, run)
+    hidden, activated = _tuned("mlp.hidden", case, features, configs.FORWARD, dots, run)
     return linear.forward(activated, weight2, bias2), hidden if keep else None
 
 
@@ -74,11 +74,11 @@ def _grad_hidden(grad, weight2, hidden, activated: bool, bias: bool) -> tuple[to
 
     dots = dot_constants(matmul=True)
     case = (hidden.dtype, outputs, width, activated, bias, dots["PRECISION"])
-    return _tuned("mlp.grad_hidden", case, hidden, dots, run)
+    return _tuned("mlp.grad_hidden", case, hidden, configs.BACKWARD, dots, run)
 
 
-def _tuned(kernel: str, case: tuple, rows: torch.Tensor, dots: dict, run):
-    choices = configs.choices(rows.dtype, dots["PRECISION"])
+def _tuned(kernel: str, case: tuple, rows: torch.Tensor, products: list, dots: dict, run):
+    choices = configs.choices(products, rows.dtype, dots["PRECISION"])
     return tuning.run(kernel, case, rows.shape[0], choices, choices[0], run, rows.device)
 
 
