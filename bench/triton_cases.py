@@ -32,7 +32,7 @@ def patches() -> sf.ActivePatches:
 
 def cases() -> Iterator[Case]:
     active = patches()
-    for part in (convolution, depthwise, pooling, norms, copies, losses):
+    for part in (convolution, depthwise, pooling, norms, mlps, copies, losses):
         for dtype in DTYPES:
             yield from part(active, dtype)
 
@@ -49,6 +49,18 @@ def without_tf32(run: Callable[[], object]) -> Callable[[], object]:
     def inside() -> object:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return run()
+
+    return inside
+
+
+def with_matmuls_in(precision: str, run: Callable[[], object]) -> Callable[[], object]:
+    def inside() -> object:
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            return run()
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
 
     return inside
 
@@ -160,6 +172,34 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
         yield from to_maps(kind, 1, 768, True)
         yield from to_maps(kind, 2, 1024)
     yield from to_maps("layer", 1, 5000)
+
+
+def mlps(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
+    from spark_fast.ops.mlp import configs, triton
+
+    def directions(side, channels, every_config=False):
+        width = 4 * channels
+        x, hidden = (meta(active.rows(side), c, dtype=dtype) for c in (channels, width))
+        w1, b1, w2, b2 = (meta(*s, dtype=dtype) for s in ((width, channels), (width,), (channels, width), (channels,)))
+
+        def forward():
+            for keep in (True, False):
+                triton.forward(x, w1, b1, w2, b2, keep)
+
+        def backward():
+            for wanted in ([True] * 4, [True, True, False, False]):
+                triton.backward(x, x, hidden, w1, w2, wanted)
+
+        for direction, run, tiles in (("forward", forward, configs.FORWARD), ("backward", backward, configs.BACKWARD)):
+            name = f"mlp {direction}, {channels} -> {width}, side {side}, {short(dtype)}"
+            for precision in ("tf32", "ieee") if dtype == FLOAT else ("ieee",):
+                shipped = tuple(configs.choices(tiles, dtype, precision)) if every_config else ()
+                products = with_matmuls_in(precision, run)
+                suffix = "" if dtype != FLOAT else " in TF32" if precision == "tf32" else " without TF32"
+                yield Case(name + suffix, dtype, products, shipped)
+
+    for side, channels in ((8, 128), (4, 256), (2, 512), (1, 1024)):
+        yield from directions(side, channels, side in (8, 1))
 
 
 def copies(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:

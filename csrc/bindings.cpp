@@ -176,6 +176,28 @@ void linear_grad_weight(int64_t element_size, int64_t rows, int64_t depth, int64
   });
 }
 
+void mlp_forward(int64_t element_size, int64_t rows, int64_t channels, int64_t width, int64_t outputs, Address x,
+                 Address weight1, Address bias1, Address weight2, Address bias2, Address hidden, Address y,
+                 int threads) {
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(mlp_forward<T>(rows, channels, width, outputs, at<const T>(x), at<const T>(weight1),
+                                  at<const T>(bias1), at<const T>(weight2), at<const T>(bias2), at<T>(hidden), at<T>(y),
+                                  threads));
+  });
+}
+
+void mlp_backward(int64_t element_size, int64_t rows, int64_t channels, int64_t width, int64_t outputs, Address dy,
+                  Address x, Address hidden, Address weight1, Address weight2, Address dx, Address dweight1,
+                  Address dbias1, Address dweight2, int threads) {
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(mlp_backward<T>(rows, channels, width, outputs, at<const T>(dy), at<const T>(x), at<const T>(hidden),
+                                   at<const T>(weight1), at<const T>(weight2), at<T>(dx), at<T>(dweight1),
+                                   at<T>(dbias1), at<T>(dweight2), threads));
+  });
+}
+
 void depthwise_gather(const py::tuple& where, const py::tuple& window, int64_t element_size, int64_t channels,
                       Address source, Address weight, Address bias, Address query, int threads) {
   const Geometry g = geometry(where);
@@ -326,6 +348,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("winograd_grad_weight", &winograd_grad_weight);
   m.def("linear_forward", &linear_forward);
   m.def("linear_grad_weight", &linear_grad_weight);
+  m.def("mlp_forward", &mlp_forward);
+  m.def("mlp_backward", &mlp_backward);
   m.def("patch_loss_forward", &patch_loss_forward);
   m.def("patch_loss_grad", &patch_loss_grad);
   m.def("depthwise_gather", &depthwise_gather);

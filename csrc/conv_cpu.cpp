@@ -200,7 +200,8 @@ void conv_grad_weight(const Geometry& g, const ConvShape& s, const T* source, co
     for_segments(g, pairs, [&](int64_t segment, int64_t chunks) {
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < gradient.items(); ++item)
-        gradient.run(item, segment, g.rows(), chunks, grad, source, pairs, scratch);
+        gradient.run(item, segment == 0, g.rows() - segment, chunks, grad + segment * s.query_channels, source, pairs,
+                     scratch);
     });
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < gradient.units(); ++unit) gradient.finish(unit);

@@ -39,6 +39,18 @@ void linear_forward(int64_t rows, int64_t depth, int64_t width, const T* x, cons
 template <typename T>
 void linear_grad_weight(int64_t rows, int64_t depth, int64_t width, const T* x, const T* grad, T* weight, int threads);
 
+// y [rows, outputs] = weight2 [outputs, width] times the exact GELU of hidden [rows, width] = weight1 [width, channels]
+// times x [rows, channels], row by row, with biases. The biases and `hidden` may be null.
+template <typename T>
+void mlp_forward(int64_t rows, int64_t channels, int64_t width, int64_t outputs, const T* x, const T* weight1,
+                 const T* bias1, const T* weight2, const T* bias2, T* hidden, T* y, int threads);
+
+// Each gradient may be null; x is read for dweight1 and weight1 for dx.
+template <typename T>
+void mlp_backward(int64_t rows, int64_t channels, int64_t width, int64_t outputs, const T* dy, const T* x,
+                  const T* hidden, const T* weight1, const T* weight2, T* dx, T* dweight1, T* dbias1, T* dweight2,
+                  int threads);
+
 // query[q, c] = bias[c] + sum over taps of source[row, c] * weight[tap, c].
 template <typename T>
 void depthwise_gather(const Geometry&, const WindowX&, int64_t channels, const T* source, const T* weight,

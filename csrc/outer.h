@@ -143,11 +143,11 @@ class WeightGradient {
 
   int64_t items() const { return items_; }
 
-  // Adds an item's share of `chunks` chunks of query rows, the first of which starts at row `begin`. For each chunk and
-  // tap `pairs(chunk, tap)` gives {count, index of the query rows or null, function from a pair to its source row}.
+  // Adds an item's share of `chunks` chunks of `rows` query rows, which are the first ones if `fresh`. For each chunk
+  // and tap `pairs(chunk, tap)` gives {count, index of the query rows or null, function from a pair to its source row}.
   template <typename Pairs>
-  void run(int64_t item, int64_t begin, int64_t rows, int64_t chunks, const T* grad, const T* source,
-           const Pairs& pairs, Scratch& scratch) {
+  void run(int64_t item, bool fresh, int64_t rows, int64_t chunks, const T* grad, const T* source, const Pairs& pairs,
+           Scratch& scratch) {
     constexpr int64_t C = panel_width<T>();
     const int64_t split = item % splits_, first = item / splits_ / groups_ * height_, group = item / splits_ % groups_;
     const int64_t height = std::min(height_, width_ - first);
@@ -157,7 +157,7 @@ class WeightGradient {
     T* const sums = local_ ? scratch.sums.data() : sums_.get() + item * size_;
     const int64_t first_chunk = chunks * split / splits_;
     for (int64_t chunk = first_chunk; chunk < chunks * (split + 1) / splits_; ++chunk) {
-      const int64_t row = begin + chunk * kChunk;
+      const int64_t row = chunk * kChunk;
       left.pack(height, std::min(kChunk, rows - row), grad + row * s_.query_channels + range.group * width_ + first,
                 s_.query_channels);
       for (int64_t panel = range.first; panel < range.last; ++panel) {
@@ -169,7 +169,7 @@ class WeightGradient {
           T* const out = direct_ ? weight_ + (range.group * width_ + first) * panels_.width + panels_.first(panel)
                                  : sums + ((panel - range.first) * taps_ + tap) * height_ * C;
           outer(height, left, index, right, count, used, out, direct_ ? panels_.width : C,
-                begin == 0 && chunk == first_chunk);
+                fresh && chunk == first_chunk);
         }
       }
     }
@@ -242,6 +242,24 @@ class WeightGradient {
   int64_t group_, groups_, height_, splits_, items_, size_;
   bool direct_, local_;  // the sums are the weight itself; or a thread's own, and written by it
   std::unique_ptr<T[]> sums_;
+};
+
+// The pairs of `rows` rows with as many others in the same order, for WeightGradient.
+struct RowPairs {
+  int64_t rows;
+
+  struct Chunk {
+    int64_t count;
+    const uint16_t* index;
+    struct {
+      int64_t first;
+      int64_t operator()(int64_t p) const { return first + p; }
+    } source_of;
+  };
+
+  Chunk operator()(int64_t chunk, int64_t) const {
+    return {std::min(kChunk, rows - chunk * kChunk), nullptr, {chunk * kChunk}};
+  }
 };
 
 }  // namespace SPARK_ISA

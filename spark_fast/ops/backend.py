@@ -26,6 +26,12 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu half": ("library", "cpu", "reference"),
         "*": ("library", "reference"),
     },
+    "mlp": {
+        "cpu": ("cpu", "library", "reference"),
+        "cpu half": ("library", "cpu", "reference"),
+        "cuda": ("triton", "library", "reference"),
+        "*": ("library", "reference"),
+    },
     "conv": {
         "cpu": ("cpu", "library", "reference"),
         "cuda": ("cuda", "triton", "library", "reference"),

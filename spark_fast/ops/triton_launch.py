@@ -130,13 +130,14 @@ def _describe(kernel, args: tuple, constants: dict[str, Any]) -> Launch:
     return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
-def dot_constants() -> dict[str, Any]:
+def dot_constants(matmul: bool = False) -> dict[str, Any]:
     """The constants PRECISION and UPCAST of kernels with matrix products.
 
-    PRECISION is "tf32" or "ieee", as PyTorch's flags for convolutions say; where one says "none" the next above counts.
-    UPCAST: operands must be float32 before tl.dot, since the interpreter multiplies the bits of bfloat16.
+    PRECISION is "tf32" or "ieee", as PyTorch's flags for convolutions, or for `matmul`, say; where one says "none" the
+    next above counts. UPCAST: operands must be float32 before tl.dot, since the interpreter multiplies the bits of
+    bfloat16.
     """
-    levels = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)
-    flags = [getattr(level, "fp32_precision", "none") for level in levels]
+    own = (torch.backends.cuda.matmul,) if matmul else (torch.backends.cudnn.conv, torch.backends.cudnn)
+    flags = [getattr(level, "fp32_precision", "none") for level in (*own, torch.backends)]
     chosen = next((flag for flag in flags if flag != "none"), "ieee")
     return {"PRECISION": "tf32" if chosen == "tf32" else "ieee", "UPCAST": interpreted()}

@@ -16,6 +16,8 @@ from spark_fast.ops.densify import graph as densify
 from spark_fast.ops.depthwise import graph as depthwise
 from spark_fast.ops.linear import graph as linear_graph
 from spark_fast.ops.linear import linear
+from spark_fast.ops.mlp import graph as mlp_graph
+from spark_fast.ops.mlp import mlp
 from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
 from spark_fast.ops.norm import graph as norm
 from spark_fast.ops.patch_loss import graph as loss
@@ -61,6 +63,29 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
         "linear, no bias": (linear_graph.forward, (x, t(4, c), None, "")),
         "linear grad input": (linear_graph.grad_input, (t(rows, 4, grad=False), t(4, c, grad=False), "")),
         "linear grad weight": (linear_graph.grad_weight, (t(rows, 4, grad=False), x.detach(), "")),
+        "mlp": (mlp_graph.forward, (x, t(7, c), t(7), t(4, 7), t(4), True, "")),
+        "mlp, no biases, forced": (mlp_graph.forward, (x, t(7, c), None, t(4, 7), None, True, "reference")),
+        "mlp, nothing kept": (mlp_graph.forward, (*(a.detach() for a in (x, t(7, c), t(7), t(4, 7))), None, False, "")),
+        "mlp grad": (
+            mlp_graph.backward,
+            (
+                *(t(*s, grad=False) for s in ((rows, 4), (rows, c), (rows, 7), (7, c), (4, 7))),
+                [True, True, True, True, True],
+                "",
+            ),
+        ),
+        "mlp grad of the biases": (
+            mlp_graph.backward,
+            (
+                t(rows, 4, grad=False),
+                None,
+                t(rows, 7, grad=False),
+                None,
+                t(4, 7, grad=False),
+                [False, False, True, False, True],
+                "",
+            ),
+        ),
         "conv": (conv.forward, (x, t(4, c, 3, 3), t(4), 1, "", *where)),
         "conv, forced": (conv.forward, (x, t(4, c, 3, 3), None, 1, "reference", *where)),
         "conv to dense": (conv.forward, (x, t(4, c, 3, 3), t(4), 1, "", *to_dense)),
@@ -232,6 +257,7 @@ def functions(patches: sf.ActivePatches) -> dict:
         "conv_transpose2d": (lambda *t: conv_transpose2d(*t, patches, side, 2, 1, 1)[0], (x, tensor(c, 8, 3, 3), b)),
         "conv2d pointwise": (lambda *t: conv2d(*t, patches, side)[0], (x, w1, b)),
         "linear": (linear, (x, tensor(8, c), b)),
+        "mlp": (mlp, (x, tensor(9, c), tensor(9), tensor(8, 9), b)),
         "layer_norm": (layer_norm, (x, tensor(c), tensor(c))),
         "batch_norm, residual": (
             lambda x, r: batch_norm(x, statistic, statistic + 1, activation="relu6", residual=r),

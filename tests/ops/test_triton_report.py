@@ -77,8 +77,9 @@ def test_the_committed_report_has_no_spills_and_covers_all_types_and_architectur
 
 @pytest.mark.slow
 def test_half_precision_products_use_tensor_cores(made):
+    kernels = ("gather_gemm", "outer_product", "hidden_product", "grad_hidden_product")
     for rows in (made["compiled"], COMMITTED):
-        products = [r for r in rows if r["kernel"] in ("gather_gemm", "outer_product") and "float32" not in r["case"]]
+        products = [r for r in rows if r["kernel"] in kernels and "float32" not in r["case"]]
         assert products and all(row["products"] in ("mma", "wgmma") for row in products)
         assert any(row["products"] == "wgmma" for row in products if row["arch"] == 90)
 

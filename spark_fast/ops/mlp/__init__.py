@@ -1,0 +1,3 @@
+from spark_fast.ops.mlp.api import mlp
+
+__all__ = ["mlp"]
