@@ -108,17 +108,44 @@ void write_image(const Image& image, Value value_of, T* out, [[maybe_unused]] in
     write_rows(image.part_begin(left - 1), image.part_end(left - 1), image.width, value_of, out);
 }
 
+// Calls body(c, g) for each channel and its group. One channel in each, as in instance norm, is a loop of its own,
+// which the compiler turns into vectors.
+template <typename Body>
+inline void for_channels(int64_t channels, int64_t groups, Body body) {
+  const int64_t size = channels / groups;
+  if (size == 1)
+    for (int64_t g = 0; g < groups; ++g) body(g, g);
+  else
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) body(c, g);
+}
+
+// sums[g] = sum over the group's channels of value_of(c, g).
+template <typename Value>
+inline void sum_groups(int64_t channels, int64_t groups, Value value_of, std::vector<double>& sums) {
+  const int64_t size = channels / groups;
+  if (size == 1)
+    for (int64_t g = 0; g < groups; ++g) sums[g] = value_of(g, g);
+  else
+    for (int64_t g = 0; g < groups; ++g) {
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) sum += value_of(c, g);
+      sums[g] = sum;
+    }
+}
+
 // A value of each channel as one of each element of a joined row.
 template <typename T>
 struct Joined {
   std::vector<T> values;
-  int64_t channels;
+  int64_t channels, groups;
 
-  Joined(int64_t channels, int64_t width) : values(width), channels(channels) {}
+  Joined(int64_t channels, int64_t groups, int64_t width) : values(width), channels(channels), groups(groups) {}
 
   template <typename From>
   const T* fill(From value_of) {
-    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<T>(value_of(c));
+    for_channels(channels, groups, [&](int64_t c, int64_t g) { values[c] = static_cast<T>(value_of(c, g)); });
     for (size_t c = channels; c < values.size(); ++c) values[c] = values[c - channels];
     return values.data();
   }
@@ -142,14 +169,15 @@ void group_norm_forward(const ImageRows& all, int64_t channels, int64_t groups, 
 #pragma omp parallel num_threads(use.across)
   {
     std::vector<T> partial;
-    std::vector<double> sums(2 * channels);
-    Joined<T> pivots(channels, width), scales(channels, width), shifts(channels, width);
+    std::vector<double> sums(2 * channels), group_means(groups), group_spreads(groups);
+    Joined<T> pivots(channels, groups, width), centers = pivots, scales = pivots, biases = pivots;
+    const T* const shift = biases.fill([=](int64_t c, int64_t) { return bias ? bias[c] : T(0); });
 #pragma omp for schedule(dynamic)
     for (int64_t number = 0; number < all.images; ++number) {
       const Image image(all, number, channels, width);
-      T *const center = mean + number * groups, *const inverse = rstd + number * groups;
+      T *const middle = mean + number * groups, *const inverse = rstd + number * groups;
       if (image.begin == image.end) {
-        std::fill_n(center, groups, T(0));
+        std::fill_n(middle, groups, T(0));
         std::fill_n(inverse, groups, T(0));
         continue;
       }
@@ -159,7 +187,7 @@ void group_norm_forward(const ImageRows& all, int64_t channels, int64_t groups, 
         const T* const row = x + image.begin + rows * i / sampled * channels;
         for (int64_t c = 0; c < channels; ++c) sums[c] += row[c];
       }
-      const T* const pivot = pivots.fill([&](int64_t c) { return sums[c] / sampled; });
+      const T* const pivot = pivots.fill([&](int64_t c, int64_t) { return sums[c] / sampled; });
       sum_image(
           image, channels,
           [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
@@ -168,27 +196,35 @@ void group_norm_forward(const ImageRows& all, int64_t channels, int64_t groups, 
             second = first * first;
           },
           partial, sums.data(), use.within);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t from = g * size;
-        double middle = 0, squares = 0;
-        for (int64_t c = from; c < from + size; ++c) middle += pivot[c] + sums[c] / rows;
-        middle /= size;
-        for (int64_t c = from; c < from + size; ++c) {
-          const double off = sums[c] / rows, away = pivot[c] + off - middle;
-          squares += sums[channels + c] - sums[c] * off + away * away * rows;
-        }
-        center[g] = static_cast<T>(middle);
-        inverse[g] = static_cast<T>(1 / std::sqrt((squares < 0 ? 0 : squares) / (rows * size) + eps));
+      // Means and squared distances from them: of the channels, then of the groups (Chan, Golub and LeVeque 1979).
+      double *const means = sums.data(), *const spreads = means + channels;
+      const double share = 1. / rows, values = static_cast<double>(rows * size);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double off = means[c] * share;
+        spreads[c] -= means[c] * off;
+        means[c] = pivot[c] + off;
       }
+      sum_groups(channels, groups, [=](int64_t c, int64_t) { return means[c] / size; }, group_means);
+      sum_groups(
+          channels, groups,
+          [&](int64_t c, int64_t g) {
+            const double away = means[c] - group_means[g];
+            return spreads[c] + away * away * rows;
+          },
+          group_spreads);
+      for (int64_t g = 0; g < groups; ++g) {
+        const double spread = group_spreads[g] < 0 ? 0 : group_spreads[g];
+        middle[g] = static_cast<T>(group_means[g]);
+        inverse[g] = static_cast<T>(1 / std::sqrt(spread / values + eps));
+      }
+      const T* const center = centers.fill([=](int64_t, int64_t g) { return middle[g]; });
       const T* const scale =
-          scales.fill([=](int64_t c) { return weight ? weight[c] * inverse[c / size] : inverse[c / size]; });
-      const T* const shift =
-          shifts.fill([=](int64_t c) { return (bias ? bias[c] : 0.) - double(center[c / size]) * scale[c]; });
+          scales.fill([=](int64_t c, int64_t g) { return weight ? weight[c] * inverse[g] : inverse[g]; });
       write_image(
           image,
           [=](auto tag, int64_t i, int64_t c) {
             typedef decltype(tag) V;
-            return V(get<V>(x + i) * get<V>(scale + c) + get<V>(shift + c));
+            return V((get<V>(x + i) - get<V>(center + c)) * get<V>(scale + c) + get<V>(shift + c));
           },
           y, use.within);
     }
@@ -207,7 +243,7 @@ void group_norm_backward(const ImageRows& all, int64_t channels, int64_t groups,
   {
     std::vector<T> partial;
     std::vector<double> sums(2 * channels), along(groups), level(groups);
-    Joined<T> centers(channels, width), scales(channels, width), slopes(channels, width), offsets(channels, width);
+    Joined<T> centers(channels, groups, width), scales = centers, slopes = centers, offsets = centers;
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
       double* const to = block_sums.data() + block * 2 * channels;
@@ -215,7 +251,7 @@ void group_norm_backward(const ImageRows& all, int64_t channels, int64_t groups,
         const Image image(all, number, channels, width);
         if (image.begin == image.end) continue;
         const T *const middle = mean + number * groups, *const inverse = rstd + number * groups;
-        const T* const center = centers.fill([=](int64_t c) { return middle[c / size]; });
+        const T* const center = centers.fill([=](int64_t, int64_t g) { return middle[g]; });
         sum_image(
             image, channels,
             [=](auto tag, int64_t i, int64_t c, auto& first, auto& second) {
@@ -224,25 +260,24 @@ void group_norm_backward(const ImageRows& all, int64_t channels, int64_t groups,
               second = first * (get<V>(x + i) - get<V>(center + c));
             },
             partial, sums.data(), use.within);
-        std::fill(level.begin(), level.end(), 0.);
-        std::fill(along.begin(), along.end(), 0.);
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t g = c / size;
-          const double factor = weight ? weight[c] : 1;
-          level[g] += sums[c] * factor;
-          along[g] += sums[channels + c] * factor;
+        for_channels(channels, groups, [&](int64_t c, int64_t g) {
           to[c] += sums[channels + c] * inverse[g];
           to[channels + c] += sums[c];
-        }
-        // dx = rstd * (weight * dy - mean of weight * dy - xhat * mean of weight * dy * xhat)
-        const double values = static_cast<double>(image.rows * size);
-        const T* const scale =
-            scales.fill([=](int64_t c) { return weight ? weight[c] * inverse[c / size] : inverse[c / size]; });
-        const T* const slope = slopes.fill([&](int64_t c) {
-          const double r = inverse[c / size];
-          return -along[c / size] / values * r * r * r;
         });
-        const T* const offset = offsets.fill([&](int64_t c) { return -level[c / size] / values * inverse[c / size]; });
+        const double values = static_cast<double>(image.rows * size);
+        // dx = rstd * (weight * dy - mean of weight * dy - xhat * mean of weight * dy * xhat)
+        const auto factor = [=](int64_t c) { return weight ? static_cast<double>(weight[c]) : 1; };
+        sum_groups(channels, groups, [&](int64_t c, int64_t) { return sums[c] * factor(c); }, level);
+        sum_groups(channels, groups, [&](int64_t c, int64_t) { return sums[channels + c] * factor(c); }, along);
+        for (int64_t g = 0; g < groups; ++g) {
+          const double r = inverse[g];
+          level[g] *= -r / values;
+          along[g] *= -r * r * r / values;
+        }
+        const T* const scale =
+            scales.fill([=](int64_t c, int64_t g) { return weight ? weight[c] * inverse[g] : inverse[g]; });
+        const T* const slope = slopes.fill([&](int64_t, int64_t g) { return along[g]; });
+        const T* const offset = offsets.fill([&](int64_t, int64_t g) { return level[g]; });
         write_image(
             image,
             [=](auto tag, int64_t i, int64_t c) {
