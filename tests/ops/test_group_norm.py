@@ -117,3 +117,13 @@ def test_half_precision(patches, dtype, backend):
 @pytest.mark.parametrize("patches", ["equal", "unequal"], indirect=True)
 def test_every_instruction_set(patches, channels, groups, instruction_set):
     check(patches, 3, channels, groups, torch.float32)
+
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("channels", "groups"), GROUPS)
+@pytest.mark.parametrize(("patches", "side"), CASES, indirect=["patches"])
+def test_triton(patches, side, channels, groups, dtype, on_triton):
+    check(patches, side, channels, groups, dtype, device=on_triton)
