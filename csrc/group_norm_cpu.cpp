@@ -178,7 +178,7 @@ void group_norm_forward(const ImageRows& all, int64_t channels, int64_t groups, 
       T *const middle = mean + number * groups, *const inverse = rstd + number * groups;
       if (image.begin == image.end) {
         std::fill_n(middle, groups, T(0));
-        std::fill_n(inverse, groups, T(0));
+        std::fill_n(inverse, groups, T(1));
         continue;
       }
       const int64_t rows = image.rows, sampled = std::clamp<int64_t>(rows / 8, 1, kPivotRows);

@@ -19,9 +19,8 @@ def assert_as_exact(
     if not oracle.numel():
         return
     kept = torch.finfo(torch.promote_types(ours.dtype, torch.float32)).eps
-    band = (
-        max(torch.finfo(ours.dtype).eps, terms**0.5 / 2 * kept * (4 if ours.dtype == torch.float64 else 1))
-        * max(oracle.abs().max().item(), size)
+    band = max(torch.finfo(ours.dtype).eps, terms**0.5 / 2 * kept * (4 if ours.dtype == torch.float64 else 1)) * max(
+        oracle.abs().max().item(), size
     )
     error, allowed = (ours.double() - oracle).abs().max().item(), (theirs.double() - oracle).abs().max().item()
     assert error <= 2 * allowed + band, f"{what}: error {error:.3g}, PyTorch's own {allowed:.3g}, band {band:.3g}"

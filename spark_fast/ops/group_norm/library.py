@@ -38,12 +38,14 @@ def forward(features, weight, bias, groups, eps, patches, side) -> tuple[torch.T
     images, cut = Images(patches, side), (groups, features.shape[1] // groups)
     x = images.split(features.to(torch.promote_types(features.dtype, torch.float32))).unflatten(-1, cut)
     mean = images.mean(x)
+    mean = mean + images.mean(x - images.spread(mean)[..., None])  # what a sum of many values far from 0 has lost
     away = x - images.spread(mean)[..., None]
     rstd = torch.rsqrt(images.mean(away.square()) + eps)
     out = away * images.spread(rstd)[..., None]
     out = out if weight is None else out * weight.view(cut)
     out = out if bias is None else out + bias.view(cut)
-    return out.view(features.shape).to(features.dtype), mean, rstd
+    # Detached it is no view to autograd, so that it may be written to in place.
+    return out.view(features.shape).to(features.dtype).detach(), mean, rstd
 
 
 def backward(grad, features, weight, mean, rstd, patches, side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from spark_fast.ops.group_norm.images import patch_starts
 
 
-def forward(
-    features, weight, bias, groups, eps, patches, side
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows, and the mean and the reciprocal deviation (B, groups) that they were normalised with; 0 without pixels."""
+def forward(features, weight, bias, groups, eps, patches, side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, and the mean and the reciprocal deviation (B, groups) that they were normalised with; 0 and 1 without
+    pixels."""
     x = features.to(torch.promote_types(features.dtype, torch.float32))
-    mean, rstd = (x.new_zeros(patches.batch, groups) for _ in "12")
+    mean, rstd = x.new_zeros(patches.batch, groups), x.new_ones(patches.batch, groups)
     normal = torch.empty_like(x)
     for image, rows in _images(x, patches, side):
         grouped = x[rows].view(-1, groups, x.shape[1] // groups)
@@ -24,9 +25,7 @@ def forward(
     return out.to(features.dtype), mean, rstd
 
 
-def backward(
-    grad, features, weight, mean, rstd, patches, side
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(grad, features, weight, mean, rstd, patches, side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the features, the weight and the bias."""
     x, grad = features.to(mean.dtype), grad.to(mean.dtype)
     groups = mean.shape[1]
@@ -43,7 +42,7 @@ def backward(
 def _images(x, patches, side):
     """The images that have values, and their rows."""
     starts = (patch_starts(patches) * side**2).tolist()
-    for image, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for image, (start, end) in enumerate(pairwise(starts)):
         if x[start:end].numel():
             yield image, slice(start, end)
 

@@ -26,7 +26,8 @@ def unsupported(features) -> str | None:
 
 
 def forward(features, weight, bias, groups, eps, patches, side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The norm of the rows, and the mean and the reciprocal deviation (B, groups) in float32; 0 without pixels."""
+    """The norm of the rows, and the mean and the reciprocal deviation (B, groups) in float32; 0 and 1 without
+    pixels."""
     features, weight, bias = packed(features, weight, bias)
     images = _Images(features, groups, patches, side)
     mean, rstd = images.values(), images.values()
@@ -253,34 +254,35 @@ def group_statistics(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """mean, rstd (B, GROUPS) from those of the parts' channels (Chan, Golub and LeVeque 1979); 0 without rows.
+    """mean, rstd (B, GROUPS) from those of the parts' channels (Chan, Golub and LeVeque 1979); 0 and 1 without
+    rows.
 
     Grid: (B * tiles of GROUPS,).
     """
     size: tl.constexpr = CHANNELS // GROUPS
     image, group = _group_program(CHANNELS, GROUPS, BLOCK_G)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    _, rows = _rows_of(image, starts, per_image, AREA)
     values = tl.maximum(rows, 1).to(tl.float32) * size
     pivot = tl.load(
         partial + (image * parts).to(tl.int64) * (2 * CHANNELS) + group * size, mask=group < GROUPS, other=0.0
     )[:, None]
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     for start in range(0, parts * size, BLOCK_K):
-        part, channel, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
+        part, _, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
         count = _rows_in(part, rows, parts, BLOCK_R).to(tl.float32)[None, :]
         sums += tl.where(exists, (tl.load(partial + at, mask=exists, other=0.0) - pivot) * count, 0.0)
     middle = pivot + tl.sum(sums, 1)[:, None] / values
     squares = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     for start in range(0, parts * size, BLOCK_K):
-        part, channel, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
+        part, _, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
         count = _rows_in(part, rows, parts, BLOCK_R).to(tl.float32)[None, :]
         distance = tl.load(partial + at, mask=exists, other=0.0) - middle
         squared = tl.load(partial + at + CHANNELS, mask=exists, other=0.0) + distance * distance * count
         squares += tl.where(exists, squared, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / values + eps)
     to, inside = image * GROUPS + group[:, None], (group < GROUPS)[:, None]
+    spread = tl.where(inside & (rows > 0), tl.sum(squares, 1)[:, None] / values + eps, 1.0)
     tl.store(mean + to, middle, mask=inside)
-    tl.store(rstd + to, tl.where(rows > 0, inverse, 0.0), mask=inside)
+    tl.store(rstd + to, 1.0 / tl.sqrt(spread), mask=inside)
 
 
 @triton.jit(do_not_specialize=["parts", "per_image"])
@@ -383,12 +385,12 @@ def group_sums(
     """
     size: tl.constexpr = CHANNELS // GROUPS
     image, group = _group_program(CHANNELS, GROUPS, BLOCK_G)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    _, rows = _rows_of(image, starts, per_image, AREA)
     values = tl.maximum(rows, 1).to(tl.float32) * size
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     products = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     for start in range(0, parts * size, BLOCK_K):
-        part, channel, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
+        _, channel, at, exists = _in_group(image, group, start, parts, CHANNELS, GROUPS, BLOCK_K)
         s = tl.load(partial + at, mask=exists, other=0.0)
         p = tl.load(partial + at + CHANNELS, mask=exists, other=0.0)
         if weight is not None:
@@ -420,7 +422,10 @@ def image_grad(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out (rows, C), the gradient of the features, from level and along (B, GROUPS). Grid: (B * parts * tiles of C,)."""
+    """out (rows, C), the gradient of the features, from level and along (B, GROUPS).
+
+    Grid: (B * parts * tiles of C,).
+    """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, part, column, inside = _program(program, parts, CHANNELS, BLOCK_C)
     first, rows = _rows_of(image, starts, per_image, AREA)
