@@ -83,8 +83,8 @@ def backward(grad, features, weight, mean, rstd, patches, side) -> tuple[torch.T
         )  # fmt: skip
         return out
 
-    out, sums = images.tuned("group_norm.grad", (grad.dtype,), run), partial.sum(0)
-    return out, sums[1], sums[0]
+    out = images.tuned("group_norm.grad", (grad.dtype,), run)
+    return out, partial[:, 1].sum(0), partial[:, 0].sum(0)
 
 
 class _Images:
@@ -141,16 +141,22 @@ class _Images:
 
 
 @triton.jit
-def _rows_of(image, starts, per_image, AREA: tl.constexpr):
-    """Where the rows of an image begin, and how many there are: by the patches before each image or, where starts is
-    None, by those of every image."""
+def _first_row(image, starts, per_image, AREA: tl.constexpr):
+    """Of an image, by the patches before each image or, where starts is None, by those of every image."""
     if starts is None:
-        first = image.to(tl.int64) * per_image
+        patches = image.to(tl.int64) * per_image
+    else:
+        patches = tl.load(starts + image)
+    return patches * AREA
+
+
+@triton.jit
+def _row_count(image, starts, per_image, AREA: tl.constexpr):
+    if starts is None:
         patches = per_image
     else:
-        first = tl.load(starts + image)
-        patches = (tl.load(starts + image + 1) - first).to(tl.int32)
-    return first * AREA, patches * AREA
+        patches = (tl.load(starts + image + 1) - tl.load(starts + image)).to(tl.int32)
+    return patches * AREA
 
 
 @triton.jit
@@ -197,7 +203,8 @@ def part_statistics(
     cancels.
     """
     image, part, column, inside = _program(tl.program_id(0), parts, CHANNELS, BLOCK_C)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    first = _first_row(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     lane = tl.arange(0, BLOCK_R)
     start = first + part * BLOCK_R
     pivot = tl.load(features + start * CHANNELS + column, mask=inside & (part * BLOCK_R < rows), other=0.0)
@@ -261,7 +268,7 @@ def group_statistics(
     """
     size: tl.constexpr = CHANNELS // GROUPS
     image, group = _group_program(CHANNELS, GROUPS, BLOCK_G)
-    _, rows = _rows_of(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     values = tl.maximum(rows, 1).to(tl.float32) * size
     pivot = tl.load(
         partial + (image * parts).to(tl.int64) * (2 * CHANNELS) + group * size, mask=group < GROUPS, other=0.0
@@ -309,7 +316,8 @@ def image_apply(
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, part, column, inside = _program(program, parts, CHANNELS, BLOCK_C)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    first = _first_row(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     group = image * GROUPS + column // (CHANNELS // GROUPS)
     m = _channel_values(mean, group, inside, 0.0)
     scale = _channel_values(rstd, group, inside, 0.0) * _channel_values(weight, column, inside, 1.0)
@@ -344,7 +352,8 @@ def part_sums(
     grad and features (rows, C), mean and rstd (B, GROUPS). Grid: (B * parts * tiles of C,).
     """
     image, part, column, inside = _program(tl.program_id(0), parts, CHANNELS, BLOCK_C)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    first = _first_row(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     group = image * GROUPS + column // (CHANNELS // GROUPS)
     m, r = _channel_values(mean, group, inside, 0.0), _channel_values(rstd, group, inside, 0.0)
     lane = tl.arange(0, BLOCK_R)
@@ -385,7 +394,7 @@ def group_sums(
     """
     size: tl.constexpr = CHANNELS // GROUPS
     image, group = _group_program(CHANNELS, GROUPS, BLOCK_G)
-    _, rows = _rows_of(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     values = tl.maximum(rows, 1).to(tl.float32) * size
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     products = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
@@ -428,7 +437,8 @@ def image_grad(
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, part, column, inside = _program(program, parts, CHANNELS, BLOCK_C)
-    first, rows = _rows_of(image, starts, per_image, AREA)
+    first = _first_row(image, starts, per_image, AREA)
+    rows = _row_count(image, starts, per_image, AREA)
     group = image * GROUPS + column // (CHANNELS // GROUPS)
     m, r = _channel_values(mean, group, inside, 0.0), _channel_values(rstd, group, inside, 0.0)
     level_g, along_g = _channel_values(level, group, inside, 0.0), _channel_values(along, group, inside, 0.0)
