@@ -19,6 +19,7 @@ from bench.gpu.section import LOST
 from spark_fast.nn import functional
 from spark_fast.ops.conv import conv2d, conv_transpose2d, project
 from spark_fast.ops.densify import gather_patches, scatter_patches
+from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.linear import linear
 from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
 from spark_fast.ops.patch_loss import patch_loss
@@ -119,6 +120,10 @@ def others(patches: sf.ActivePatches) -> Iterator[Case]:
     filled = (x, torch.randn(5).double(), weight, bias)
     yield Case("norm", "batch norm to maps", filled_norm, filled, 4)
     yield Case("norm", "layer norm to maps", lambda p, x, *rest: layer_norm_scatter(x, p, 3, *rest), filled, 4)
+    six = (rows(patches, 3, 6), torch.randn(6).double(), torch.randn(6).double())
+    for groups in (3, 6):
+        name = f"group norm, {groups} groups"
+        yield Case("group_norm", name, lambda p, x, w, b, groups=groups: group_norm(x, p, 3, groups, w, b), six, 3)
     yield Case("pool", "max pool 3x3/2", lambda p, x: max_pool2d(x, p, 4, 3, 2, 1)[0], (distinct,), 1)
     yield Case("densify", "gather", lambda p, images: gather_patches(images, p), (images,), 1)
     yield Case("densify", "scatter", lambda p, x, fill: scatter_patches(x, p, 3, fill), (x, bias), 2)

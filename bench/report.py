@@ -63,7 +63,7 @@ def sections(
         "linear": sweeps.linear(result),
         "convolution": tables.layers(result, "conv"),
         "depthwise": tables.layers(result, "depthwise"),
-        "other ops": tables.figures(result, "batch", "layer", "pool", "densify", "patch_loss"),
+        "other ops": tables.figures(result, "batch", "layer", "group", "pool", "densify", "patch_loss"),
         "spconv": tables.spconv(result),
         "random pixel masks": sweeps.pixels(pixels),
         "losses": tables.losses(result),

@@ -32,7 +32,7 @@ def patches() -> sf.ActivePatches:
 
 def cases() -> Iterator[Case]:
     active = patches()
-    for part in (convolution, depthwise, pooling, norms, mlps, copies, losses):
+    for part in (convolution, depthwise, pooling, norms, group_norms, mlps, copies, losses):
         for dtype in DTYPES:
             yield from part(active, dtype)
 
@@ -200,6 +200,32 @@ def mlps(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
 
     for side, channels in ((8, 128), (4, 256), (2, 512), (1, 1024)):
         yield from directions(side, channels, side in (8, 1))
+
+
+def group_norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
+    from spark_fast.ops.group_norm import configs, triton
+
+    def case(patches, side, channels, groups, every_config=False):
+        x, c = meta(patches.rows(side), channels, dtype=dtype), meta(channels, dtype=FLOAT)
+        m = meta(patches.batch, groups, dtype=FLOAT)
+
+        def run():
+            triton.forward(x, c, c, groups, 1e-5, patches, side)
+            triton.backward(x, x, c, m, m, patches, side)
+
+        counts = "unequal counts, " * (patches.per_image is None)
+        name = f"group norm {channels} channels in {groups}, {counts}side {side}, {short(dtype)}"
+        return Case(name, dtype, run, tuple(configs.TILES) if every_config else ())
+
+    unequal = active.active.clone()
+    unequal[0] = False
+    unequal = sf.ActivePatches(unequal)
+    for side, channels in ((8, 64), (1, 2048)):  # ResNetV2
+        yield case(active, side, channels, 32, True)
+    yield case(unequal, 8, 256, 32, True)
+    yield case(active, 16, 32, 32, True)  # a U-Net with instance norm
+    yield case(active, 1, 320, 320)
+    yield case(active, 4, 96, 1)
 
 
 def copies(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:

@@ -290,6 +290,33 @@ void layer_norm_backward(int64_t element_size, int64_t rows, int64_t channels, A
   });
 }
 
+// (starts, images, area)
+spark::ImageRows image_rows(const py::tuple& t) {
+  return {at<const int64_t>(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+}
+
+void group_norm_forward(const py::tuple& where, int64_t element_size, int64_t channels, int64_t groups, Address x,
+                        Address weight, Address bias, double eps, Address y, Address mean, Address rstd, int threads) {
+  const spark::ImageRows rows = image_rows(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(group_norm_forward<T>(rows, channels, groups, at<const T>(x), at<const T>(weight), at<const T>(bias),
+                                         eps, at<T>(y), at<T>(mean), at<T>(rstd), threads));
+  });
+}
+
+void group_norm_backward(const py::tuple& where, int64_t element_size, int64_t channels, int64_t groups, Address dy,
+                         Address x, Address weight, Address mean, Address rstd, Address dx, Address dweight,
+                         Address dbias, int threads) {
+  const spark::ImageRows rows = image_rows(where);
+  with_type(element_size, [&](auto type) {
+    typedef decltype(type) T;
+    SPARK_DISPATCH(group_norm_backward<T>(rows, channels, groups, at<const T>(dy), at<const T>(x), at<const T>(weight),
+                                          at<const T>(mean), at<const T>(rstd), at<T>(dx), at<T>(dweight), at<T>(dbias),
+                                          threads));
+  });
+}
+
 // (coords, patches, channels, side, 4 strides of the images, 4 strides of the prediction)
 spark::PatchGrid patch_grid(const py::tuple& t) {
   const auto number = [&](int i) { return t[i].cast<int64_t>(); };
@@ -359,6 +386,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("batch_norm_backward", &batch_norm_backward);
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward", &layer_norm_backward);
+  m.def("group_norm_forward", &group_norm_forward);
+  m.def("group_norm_backward", &group_norm_backward);
   m.def("max_pool_forward", &max_pool_forward);
   m.def("max_pool_grad_input", &max_pool_grad_input);
 }

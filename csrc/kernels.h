@@ -21,6 +21,12 @@ struct PatchGrid {
   int64_t image[4], out[4];
 };
 
+// The rows of each image: those of image i are starts[i] * area up to starts[i + 1] * area.
+struct ImageRows {
+  const int64_t* starts;  // [images + 1], patches
+  int64_t images, area;
+};
+
 enum class Activation { none, relu, relu6, silu };
 
 struct ConvShape {

@@ -95,6 +95,14 @@ template <typename T>
 void layer_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* weight, const T* mean,
                          const T* rstd, T* dx, T* dweight, T* dbias, int threads);
 
+// Over the rows of each image and the channels of a group; mean and rstd [images, groups], 0 and 1 without rows.
+template <typename T>
+void group_norm_forward(const ImageRows&, int64_t channels, int64_t groups, const T* x, const T* weight, const T* bias,
+                        double eps, T* y, T* mean, T* rstd, int threads);
+template <typename T>
+void group_norm_backward(const ImageRows&, int64_t channels, int64_t groups, const T* dy, const T* x, const T* weight,
+                         const T* mean, const T* rstd, T* dx, T* dweight, T* dbias, int threads);
+
 // error[p]: mean squared distance of the prediction from the normalised pixels of patch p, whose mean and root of
 // (unbiased variance + eps) are mean[p] and root[p].
 template <typename T>

@@ -25,6 +25,7 @@ from bench.layers import pairs
 from bench.nets import plain_loss
 from spark_fast.ops.conv import project
 from spark_fast.ops.densify import gather_patches, scatter_patches
+from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.norm import batch_norm, layer_norm, layer_norm_scatter
 from spark_fast.ops.patch_loss import patch_loss
 from spark_fast.ops.pool import max_pool2d
@@ -76,6 +77,8 @@ def specs(patches: sf.ActivePatches, tiny: bool) -> Iterator[Spec]:
         yield Spec(f"batch norm + ReLU, side {side}, {channels} channels", make)
     for side, channels in ((8, 128), (2, 512)):
         yield Spec(f"layer norm, side {side}, {channels} channels", partial(_layer_norm, patches, side, few(channels)))
+    for side, channels in ((8, 256), (1, 2048)):
+        yield Spec(f"group norm, side {side}, {channels} channels", partial(_group_norm, patches, side, few(channels)))
     make = partial(_layer_norm_to_maps, patches, 1, few(768))
     yield Spec("layer norm to maps around a token, side 1, 768 channels", make)
     yield Spec("max pool 3x3/2, side 16, 64 channels", partial(_pool, patches, 16, few(64)))
@@ -140,6 +143,26 @@ def _layer_norm(patches: sf.ActivePatches, side: int, channels: int) -> Case:
     rows = x.shape[0]
     maps, terms = (pixels, weight, bias), (channels, channels, rows, rows)
     return Case("norm", layer_norm, truth, (x, weight, bias), truth, maps, 0, terms)
+
+
+def _group_norm(patches: sf.ActivePatches, side: int, channels: int) -> Case:
+    x = _rows(patches, side, channels)
+    weight, bias = (torch.rand(channels, device=x.device).to(HALF) + 0.5 for _ in range(2))
+    groups = min(32, channels // 2)
+
+    def ours(x, weight, bias):
+        return group_norm(x, patches, side, groups, weight, bias)
+
+    def truth(x, weight, bias):
+        images = x.view(patches.batch, -1, channels).transpose(1, 2)
+        return F.group_norm(images, groups, weight, bias).transpose(1, 2).reshape(x.shape)
+
+    def dense(maps, weight, bias):
+        return F.group_norm(maps, groups, weight, bias)
+
+    maps, rows = (_last(_map(x, patches, side)), weight, bias), x.shape[0]
+    values = rows // patches.batch * channels // groups
+    return Case("group_norm", ours, truth, (x, weight, bias), dense, maps, 0, (values, values, rows, rows))
 
 
 def _layer_norm_to_maps(patches: sf.ActivePatches, side: int, channels: int) -> Case:

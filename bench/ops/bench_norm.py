@@ -1,7 +1,7 @@
-"""Batch norm (training) and layer norm on rows, forward and backward (input, weight and bias together).
+"""Batch norm (training), layer norm and group norm on rows, forward and backward (input, weight and bias together).
 
-The dense batch norm covers the whole zero-filled map: other numbers, less to compute than masked statistics, so that
-it is only timed; the truth is batch norm over the active pixels.
+The dense batch and group norms cover the whole zero-filled map: other numbers, less to compute than masked statistics,
+so that they are only timed; the truth is the norm over the active pixels.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 from bench.harness import Side, Work, run_case
 from bench.layers import Layer, Problem
+from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.norm import batch_norm, layer_norm
 
 BATCH_NORM = [("resnet", 16, 64), ("resnet", 8, 64), ("resnet", 8, 256), ("resnet", 2, 1024)]
 LAYER_NORM = [("convnext", 8, 96), ("convnext", 4, 192), ("convnext", 2, 384), ("convnext", 1, 768)]
+GROUP_NORM = [("resnetv2", 8, 256, 32), ("resnetv2", 1, 2048, 32), ("unet", 16, 32, 32)]
 DIRECTIONS = ("forward", "backward")
 
 
@@ -78,3 +80,31 @@ def test_layer_norm(benchmark, ceilings, net: str, side: int, channels: int, dir
     }
     truth = Side(plain, (x.double(), weight.double(), bias.double()), grad.double())
     _measure(benchmark, ceilings, problem, "layer", direction, sides, truth)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("net", "side", "channels", "groups"), GROUP_NORM)
+def test_group_norm(benchmark, ceilings, net: str, side: int, channels: int, groups: int, direction: str) -> None:
+    problem, weight, bias = _problem(net, side, channels)
+    x, grad, patches = problem.x, problem.grad, problem.patches
+    groups = min(groups, x.shape[1])
+
+    def sparse(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return group_norm(x, patches, side, groups, w, b)
+
+    def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, groups, w, b)
+
+    def by_image(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        images = x.view(patches.batch, -1, x.shape[1]).transpose(1, 2)
+        return plain(images, w, b).transpose(1, 2).reshape(x.shape)
+
+    maps = {"dense": (problem.dense(x), problem.dense(grad))}
+    maps["dense channels first"] = tuple(m.contiguous() for m in maps["dense"])
+    sides = {
+        "sparse": Side(sparse, (x, weight, bias), grad),
+        **{name: Side(plain, (map_, weight, bias), to) for name, (map_, to) in maps.items()},
+        "gather": Side(by_image, (x, weight, bias), grad),
+    }
+    truth = Side(by_image, (x.double(), weight.double(), bias.double()), grad.double())
+    _measure(benchmark, ceilings, problem, "group", direction, sides, truth)

@@ -44,6 +44,11 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("triton", "library", "reference"),
         "*": ("library", "reference"),
     },
+    "group_norm": {
+        "cpu": ("cpu", "library", "reference"),
+        "cuda": ("triton", "library", "reference"),
+        "*": ("library", "reference"),
+    },
     "densify": {
         "cpu": ("library", "reference"),
         "cuda": ("triton", "cuda", "library", "reference"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.norm import batch_norm
-from spark_fast.rules.pointwise import per_image_rows
 from spark_fast.rules.reductions import AMAX, SUM, Images, Reduction, at_least_float, dims_of, var_mean
 from spark_fast.rules.registry import SparseOpError, no_out, rule, where
 from spark_fast.rules.views import make, plain
@@ -68,33 +68,6 @@ def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     return input / _norm(input, p, dim, True).clamp(min=eps)
 
 
-def group_norm(x: SparseTensor, groups: int, weight, bias, eps: float) -> SparseTensor:
-    """Group norm with the statistics of each image's active pixels."""
-    channels = x.features.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm: num_groups={groups} does not divide the {channels} channels")
-    rows, images = at_least_float(x.features), Images(x)
-    grouped = rows.unflatten(1, (groups, channels // groups))
-    if images.equal:
-        by_image = grouped.view(images.batch, images.equal, *grouped.shape[1:])
-        var, mean = torch.var_mean(by_image, (1, 3), correction=0)  # (B, groups)
-    else:
-        mean = images.mean(grouped.mean(2))
-        var = images.mean((grouped - per_image_rows(mean, x)[..., None]).square().mean(2))
-    # As a scale and a shift for each image and channel, (B, C).
-    scale = torch.rsqrt(var + eps).repeat_interleave(channels // groups, 1)
-    shift = -mean.repeat_interleave(channels // groups, 1) * scale
-    if weight is not None:
-        scale, shift = scale * weight, shift * weight
-    shift = shift if bias is None else shift + bias
-    if images.equal:
-        by_image = rows.view(images.batch, images.equal, channels)
-        out = torch.addcmul(shift[:, None], by_image, scale[:, None]).flatten(0, 1)
-    else:
-        out = torch.addcmul(per_image_rows(shift, x), rows, per_image_rows(scale, x))
-    return x.with_features(out.to(x.dtype))
-
-
 def _update_running(x: SparseTensor, running_mean, running_var, momentum: float) -> None:
     """Towards the means over the images of their statistics, the variance unbiased; an image of fewer than two pixels
     has none."""
@@ -115,7 +88,8 @@ def _update_running(x: SparseTensor, running_mean, running_var, momentum: float)
 
 @rule(F.group_norm, torch.group_norm)
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-    return group_norm(plain("group_norm", input), num_groups, weight, bias, eps)
+    x = plain("group_norm", input)
+    return x.with_features(group_norm(x.features, x.patches, x.side, num_groups, weight, bias, eps))
 
 
 @rule(F.instance_norm)
@@ -128,4 +102,4 @@ def _instance_norm(
     if running_mean is not None:
         with torch.no_grad():
             _update_running(x, running_mean, running_var, momentum)
-    return group_norm(x, x.features.shape[1], weight, bias, eps)
+    return x.with_features(group_norm(x.features, x.patches, x.side, x.features.shape[1], weight, bias, eps))

@@ -14,6 +14,8 @@ from spark_fast.ops.conv import graph as conv
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.densify import graph as densify
 from spark_fast.ops.depthwise import graph as depthwise
+from spark_fast.ops.group_norm import graph as group
+from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.linear import graph as linear_graph
 from spark_fast.ops.linear import linear
 from spark_fast.ops.mlp import graph as mlp_graph
@@ -57,6 +59,7 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
     image = t(batch, c, gh * SIDE, gw * SIDE)
     kept = {torch.float64: torch.float64}.get(dtype, torch.float32)
     vector, column = torch.ones(c, dtype=kept), torch.ones(rows, 1, dtype=kept)
+    grouped = torch.zeros(batch, 1, dtype=kept), torch.ones(batch, 1, dtype=kept)
     argmax = torch.zeros(out, c, dtype=torch.int16)
     cases = {
         "linear": (linear_graph.forward, (x, t(4, c), t(4), "")),
@@ -126,6 +129,12 @@ def registered_cases(patches: sf.ActivePatches, dtype: torch.dtype) -> dict:
                 "relu",
                 "",
             ),
+        ),
+        "group norm": (group.forward, (t(rows, 6), t(6), t(6), 3, 1e-5, SIDE, "", *tables)),
+        "group norm, plain, forced": (group.forward, (x, None, None, c, 1e-5, SIDE, "reference", *tables)),
+        "group norm grad": (
+            group.backward,
+            (x.detach(), x.detach(), t(c, grad=False), None, [True, True, False], *grouped, SIDE, "", *tables),
         ),
         "layer norm to maps": (norm.layer_scatter_forward, (x, t(c), t(c), t(c), 1e-5, SIDE, "", "", *tables)),
         "layer norm to maps, plain, forced": (
@@ -259,6 +268,8 @@ def functions(patches: sf.ActivePatches) -> dict:
         "linear": (linear, (x, tensor(8, c), b)),
         "mlp": (mlp, (x, tensor(9, c), tensor(9), tensor(8, 9), b)),
         "layer_norm": (layer_norm, (x, tensor(c), tensor(c))),
+        "group_norm": (lambda x, *wb: group_norm(x, patches, side, 4, *wb), (x, tensor(c), tensor(c))),
+        "group_norm plain": (lambda x: group_norm(x, patches, side, c), (x,)),
         "batch_norm, residual": (
             lambda x, r: batch_norm(x, statistic, statistic + 1, activation="relu6", residual=r),
             (x, tensor(rows, c)),

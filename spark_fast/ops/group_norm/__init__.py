@@ -1,0 +1,3 @@
+from spark_fast.ops.group_norm.api import group_norm
+
+__all__ = ["group_norm"]
