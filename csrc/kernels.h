@@ -21,12 +21,6 @@ struct PatchGrid {
   int64_t image[4], out[4];
 };
 
-// The rows of each image: those of image i are starts[i] * area up to starts[i + 1] * area.
-struct ImageRows {
-  const int64_t* starts;  // [images + 1], patches
-  int64_t images, area;
-};
-
 enum class Activation { none, relu, relu6, silu };
 
 struct ConvShape {
@@ -38,6 +32,12 @@ struct ConvShape {
 
   int64_t depth() const { return source_channels * source_cell * source_cell; }
   int64_t width() const { return query_channels * query_cell * query_cell; }
+};
+
+// The rows of each image: those of image i are starts[i] * area up to starts[i + 1] * area.
+struct ImageRows {
+  const int64_t* starts;  // [images + 1], patches
+  int64_t images, area;
 };
 
 constexpr int64_t kFewChannels = 8;  // up to here the taps of a row are unfolded into one long row
