@@ -1,8 +1,9 @@
-"""A batch norm, the shortcut and the activation that come after it, as one kernel, in models that call them one by one.
+"""Operations that models call one by one, as one kernel: batch norm, shortcut, activation; linear, GELU, linear.
 
 While an encoder runs and gradients are recorded, the result of a batch norm is pending: its statistics are known and
 the running ones updated, but its rows are computed only when something reads them. A shortcut that is added to it and
-an activation become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows.
+an activation become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows. A
+linear map is pending too, and with a GELU and another linear map after it an MLP (`spark_fast.ops.mlp`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from spark_fast.ops.norm import batch_apply
+from spark_fast.ops.linear import checked_linear, linear
+from spark_fast.ops.mlp import mlp
+from spark_fast.ops.norm import batch_apply, batch_norm, batch_statistics
+from spark_fast.ops.norm.api import check_batch_norm
 from spark_fast.tensor import SparseTensor
 
 ACTIVATIONS = {
@@ -27,12 +31,13 @@ IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.T
 # Functions that write to no map: pending results may wait for them.
 READERS = {
     torch.conv2d, F.conv2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch._C._nn.avg_pool2d, F.batch_norm,
+    F.linear,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pending:
-    """Rows that are not computed yet, and what of."""
+    """Rows that are not computed yet, and what of. `like` has their shape, dtype and device."""
 
     def __post_init__(self):
         object.__setattr__(self, "versions", self._versions())
@@ -51,10 +56,15 @@ class Pending:
                 "result was read. Read the result before (its .features), or change a clone"
             )
 
+    def but(self, **changes) -> Pending:
+        self.check()
+        return replace(self, **changes)
+
     def rows(self) -> torch.Tensor:
         """The rows, with gradients whatever the mode of who reads them."""
         self.check()
-        with torch.inference_mode(False), torch.enable_grad(), _own_hooks():
+        plain = torch.autocast(self.features.device.type, enabled=False)  # who called the operation has cast for it
+        with torch.inference_mode(False), torch.enable_grad(), plain, _own_hooks():
             return self.compute()
 
 
@@ -73,14 +83,34 @@ class PendingNorm(Pending):
 
     name = "batch norm"
 
-    def but(self, **changes) -> PendingNorm:
-        self.check()
-        return replace(self, **changes)
+    @property
+    def like(self) -> torch.Tensor:
+        return self.features
 
     def compute(self) -> torch.Tensor:
         return batch_apply(
             self.features, self.mean, self.rstd, self.training, self.weight, self.bias, self.activation, self.residual
         )
+
+
+@dataclass(frozen=True)
+class PendingLinear(Pending):
+    """The arguments of `linear`, and whether a GELU follows."""
+
+    features: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gelu: bool = False
+
+    name = "linear"
+
+    @property
+    def like(self) -> torch.Tensor:
+        return self.features.new_empty(()).expand(self.features.shape[0], self.weight.shape[0])
+
+    def compute(self) -> torch.Tensor:
+        rows = linear(self.features, self.weight, self.bias)
+        return F.gelu(rows) if self.gelu else rows
 
 
 class Fusion:
@@ -90,9 +120,9 @@ class Fusion:
         self.open = True
         self._pending: list[weakref.ref[SparseTensor]] = []
 
-    def defer(self, pending: Pending, like: SparseTensor) -> SparseTensor:
-        """A tensor with the rows of `pending`, whose number and dtype are those of `like`."""
-        out = like.with_features(like._like)
+    def defer(self, pending: Pending, x: SparseTensor) -> SparseTensor:
+        """A tensor of the rows of `pending` on the patches of `x`."""
+        out = x.with_features(pending.like)
         out._pending = pending
         self._pending = [known for known in self._pending if (x := known()) is not None and x._pending is not None]
         self._pending.append(weakref.ref(out))
@@ -106,23 +136,47 @@ class Fusion:
         self._pending = []
 
 
-def defers(x: SparseTensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether the result of a batch norm of `x` is to be pending.
+def batch_norm_of(
+    x: SparseTensor, running_mean, running_var, weight, bias, training: bool, momentum: float, eps: float
+) -> SparseTensor:
+    """`ops.norm.batch_norm` of the rows of `x`, pending if that is possible."""
+    if not _can_wait(x, weight, bias):
+        return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
+    check_batch_norm("batch_norm", x.features, running_mean, running_var, weight, bias, training)
+    statistics = batch_statistics(x.features, running_mean, running_var, training, momentum, eps)
+    return x.fusion.defer(PendingNorm(x.features, *statistics, training, weight, bias), x)
 
-    Not without gradients, where a model may write to the norm's input afterwards; not in a region that the backward
-    computes again, which must save the same tensors then.
-    """
+
+def linear_of(x: SparseTensor, weight: torch.Tensor, bias: torch.Tensor | None) -> SparseTensor:
+    """`ops.linear.linear` of the rows of `x`, pending if that is possible; of a pending GELU, the end of an MLP."""
+    if not _can_wait(x, weight, bias):
+        return x.with_features(linear(x.features, weight, bias))
+    first = x._pending
+    if isinstance(first, PendingLinear) and first.gelu:
+        first.check()
+        return x.with_features(mlp(first.features, first.weight, first.bias, weight, bias))
+    return x.fusion.defer(PendingLinear(*checked_linear(x.features, weight, bias)), x)
+
+
+def _can_wait(x: SparseTensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Not without gradients, where a model may write to its maps afterwards; not in a region that the backward computes
+    again, which must save the same tensors then."""
     if x.fusion is None or not x.fusion.open or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return _hooks() is None and any(t is not None and t.requires_grad for t in (x.features, weight, bias))
+    known = x._pending is not None or any(t is not None and t.requires_grad for t in (x._features, weight, bias))
+    return known and _hooks() is None
 
 
 def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
-    """What `func` gives as a part of a pending norm, which stays pending after an addition; None where it is none."""
+    """What `func` gives as a part of a pending operation, itself pending if more can follow; None where it is none."""
     if func in ACTIVATIONS:
         return _activated(func, ACTIVATIONS[func], *args, **kwargs)
     if func is F.hardtanh:  # nn.ReLU6
         return _hardtanh(*args, **kwargs)
+    if func is F.gelu:
+        return _gelu(*args, **kwargs)
+    if func is F.dropout:
+        return _dropout(*args, **kwargs)
     if func in ADDITIONS and len(args) == 2 and not kwargs:
         return _added(func, *args)
     return None
@@ -140,6 +194,18 @@ def _activated(func: Callable, name: str, input, inplace: bool = False) -> Spars
 
 def _hardtanh(input, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> SparseTensor | None:
     return _activated(F.hardtanh, "relu6", input, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _gelu(input, approximate: str = "none") -> SparseTensor | None:
+    if not isinstance(input, SparseTensor) or not isinstance(input._pending, PendingLinear) or approximate != "none":
+        return None
+    return None if input._pending.gelu else input.fusion.defer(input._pending.but(gelu=True), input)
+
+
+def _dropout(input, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseTensor | None:
+    """That drops nothing, as between the linear maps of timm's MLPs."""
+    pending = isinstance(input, SparseTensor) and input._pending is not None
+    return input if pending and (p == 0 or not training) else None
 
 
 def _added(func: Callable, a: object, b: object) -> SparseTensor | None:

@@ -1,4 +1,4 @@
-"""Norms that join the shortcut and the ReLU after them: which do, and that nothing else changes."""
+"""Operations that join those before them: which do, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ CHANNELS = 6
 
 @pytest.fixture
 def joined(monkeypatch):
-    """(activation, whether there is a residual) of every pending norm that was computed."""
+    """What was computed: (activation, whether there is a residual) of each norm, "mlp" and "linear"."""
     calls = []
-    apply = fusion.batch_apply
+    norm, mlp, linear = fusion.batch_apply, fusion.mlp, fusion.PendingLinear.compute
 
     def recorded(features, mean, rstd, training, weight, bias, activation, residual):
         calls.append((activation, residual is not None))
-        return apply(features, mean, rstd, training, weight, bias, activation, residual)
+        return norm(features, mean, rstd, training, weight, bias, activation, residual)
 
     monkeypatch.setattr(fusion, "batch_apply", recorded)
+    monkeypatch.setattr(fusion, "mlp", lambda *a: calls.append("mlp") or mlp(*a))
+    monkeypatch.setattr(fusion.PendingLinear, "compute", lambda self: calls.append("linear") or linear(self))
     return calls
 
 
@@ -38,6 +40,8 @@ class Block(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
         self.side = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS))
+        self.up, self.down = nn.Linear(CHANNELS, 4 * CHANNELS), nn.Linear(4 * CHANNELS, CHANNELS, bias=False)
+        self.drop = nn.Dropout(0.0)
         self.end = end
 
     def forward(self, x):
@@ -80,6 +84,22 @@ def add_twice(block, y, x):
     return F.relu(y + x)
 
 
+def last(function):
+    """An end of the block: `function(block, y)` with the channels last."""
+    return lambda block, y, x: function(block, y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x
+
+
+def mlp_of_convolutions(block, y, x):
+    up, down = (layer.weight[:, :, None, None] for layer in (block.up, block.down))
+    return F.conv2d(F.gelu(F.conv2d(y, up, block.up.bias)), down, None, (1, 1), "same")
+
+
+def mlp_and_hidden(block, y):
+    before = block.up(y)
+    hidden = F.gelu(before)
+    return block.down(hidden) + block.down(before) + block.down(hidden * 2)
+
+
 # name -> (the end, what is joined in each block)
 ENDS = {
     "relu": (lambda block, y, x: F.relu(block.bn(y)), [("relu", False)]),
@@ -99,11 +119,22 @@ ENDS = {
     "scaled sum": (lambda block, y, x: torch.add(block.bn(y), x, alpha=2), [(None, False)]),
     "no relu": (lambda block, y, x: block.bn(y) + x, [(None, True)]),
     "add in place": (add_in_place, [("relu", True)]),
-    "projection": (add_a_projection, [(None, False), ("relu", True)]),
+    "projection": (add_a_projection, ["linear", (None, False), ("relu", True)]),
     "into the shortcut": (lambda block, y, x: (x * 1).add_(block.bn(y)), [(None, False)]),
     "twice itself": (lambda block, y, x: (lambda z: z + z)(block.bn(y)), [(None, False)]),
     "both": (activate_and_read_both, [("relu", False), (None, False)]),
     "two sums": (add_twice, [(None, True)]),
+    "mlp": (last(lambda block, y: block.down(F.gelu(block.up(y)))), ["mlp"]),
+    "mlp, nothing dropped": (last(lambda block, y: block.down(block.drop(nn.GELU()(block.up(y))))), ["mlp"]),
+    "mlp of convolutions": (mlp_of_convolutions, ["mlp"]),
+    "linear": (last(lambda block, y: block.down(block.up(y))), ["linear", "linear"]),
+    "other gelu": (last(lambda block, y: block.down(F.gelu(block.up(y), approximate="tanh"))), ["linear", "linear"]),
+    "two gelus": (last(lambda block, y: block.down(F.gelu(F.gelu(block.up(y))))), ["linear", "linear"]),
+    "mlp with a norm inside": (
+        last(lambda block, y: block.down(F.layer_norm(F.gelu(block.up(y)), (4 * CHANNELS,)))),
+        ["linear", "linear"],
+    ),
+    "mlp and its inside": (last(mlp_and_hidden), ["mlp", "linear", "linear", "linear", "linear"]),
     "number": (lambda block, y, x: F.relu(block.bn(y) + 1), [(None, False)]),
 }
 
@@ -141,7 +172,9 @@ def test_norms_join_what_follows(training, name, joined):
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "densenet121", "resnetv2_50", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv2_050", "densenet121", "resnetv2_50", "efficientnet_b0", "convnext_atto"]
+)
 def test_networks_compute_what_they_did(name, joined):
     torch.manual_seed(0)
     model = sf.Encoder(name).double().train()
@@ -156,7 +189,7 @@ def test_networks_compute_what_they_did(name, joined):
         sum(m.features.square().mean() for m in maps).backward()
         results.append(([m.features for m in maps], [p.grad for p in at.parameters()], list(at.buffers())))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
-    assert sum(activation is not None for activation, _ in joined) > 10
+    assert sum(call not in ("linear", (None, False)) for call in joined) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -173,11 +206,12 @@ def test_under_autocast_the_sum_is_rounded_once(dtype):
 
 def test_a_pending_result_answers_without_its_rows(joined):
     def end(block, y, x):
-        out = block.bn(y)
-        assert out.shape == y.shape and out.dtype == y.dtype and out.device == y.device and out.ndim == 4
-        assert out.numel() == y.numel() and out.is_floating_point() and not out.is_cuda
+        for out, channels in ((block.bn(y), CHANNELS), (F.conv2d(y, block.up.weight[:, :, None, None]), 4 * CHANNELS)):
+            assert out.shape == (y.shape[0], channels, *y.shape[2:]) and out.dtype == y.dtype and out.ndim == 4
+            assert out.numel() == y.numel() // CHANNELS * channels and out.device == y.device
+            assert out.is_floating_point() and not out.is_cuda
         assert not joined
-        return out
+        return block.bn(y)
 
     model = encoder(lambda block, y, x: block.bn(y))
     for block in model.model.blocks:
@@ -201,6 +235,60 @@ def test_who_reads_without_gradients_does_not_cut_them(mode):
     for block in model.model.blocks:
         block.end = end
     torch.testing.assert_close(run(model, images()), plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp of convolutions"])
+def test_an_mlp_is_cast_as_its_parts_are(name):
+    model = encoder(ENDS[name][0], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours, grads, _), (plain, plain_grads, _) = (
+            run(model, images(torch.float32), fused) for fused in (True, False)
+        )
+    assert ours.dtype == plain.dtype and [g.dtype for g in grads] == [g.dtype for g in plain_grads]
+    torch.testing.assert_close(ours, plain, rtol=2**-6, atol=2**-6)
+
+
+def test_a_linear_map_outside_of_autocast_is_cast_as_inside():
+    """What it is cast to is known when it is called, wherever its rows are read."""
+    rows = []
+
+    def end(block, y, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            up = F.conv2d(y, block.up.weight[:, :, None, None])
+        rows.append(up.features.dtype)
+        return y
+
+    encoder(end, torch.float32)(images(torch.float32))
+    assert rows == [torch.bfloat16] * len(rows)
+
+
+def test_an_mlp_keeps_one_hidden_map():
+    model = encoder(ENDS["mlp"][0])
+    kept = []
+    for fused in (True, False):
+        out = model(images()) if fused else model.model(images())
+        nodes, seen, sizes = [out[0].features.grad_fn], set(), {}
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [at for at, _ in node.next_functions]
+            tensors = getattr(node, "saved_tensors", ()) or [getattr(node, "_saved_self", None)]
+            sizes.update({t.data_ptr(): t.shape for t in tensors if isinstance(t, torch.Tensor)})
+        kept.append(sum(shape == (out[0].features.shape[0], 4 * CHANNELS) for shape in sizes.values()))
+    assert kept == [2, 4]
+
+
+def test_a_wrong_linear_map_is_named_where_it_is_called():
+    def end(block, y, x):
+        with pytest.raises(ValueError, match=r"linear: .*weight \(out, channels\)"):
+            F.linear(y.permute(0, 2, 3, 1), block.down.weight)
+        with pytest.raises(TypeError, match="weight is"):
+            F.conv2d(y, block.up.weight[:, :, None, None].half())
+        return y
+
+    encoder(end)(images())
 
 
 def test_a_shortcut_that_is_written_to_later_was_read_before():
@@ -296,7 +384,7 @@ class Checkpointed(Net):
         return [checkpoint(self.blocks[1], x, use_reentrant=False)]
 
 
-@pytest.mark.parametrize("name", ["no relu", "relu in place", "add in place", "projection", "norm alone", "both"])
+@pytest.mark.parametrize("name", ["no relu", "relu in place", "projection", "norm alone", "both", "mlp", "linear"])
 def test_regions_that_are_computed_again(name, joined):
     torch.manual_seed(1)
     model = sf.Encoder(Checkpointed(ENDS[name][0])).double().eval()

@@ -26,8 +26,7 @@ def apply(func: Callable, args: tuple, kwargs: dict):
     kwargs = usual_names(func, kwargs)
     fusion = next((x.fusion for x in (*args, *kwargs.values()) if isinstance(x, SparseMap)), None)
     if fusion is not None and func not in READERS:
-        fused = fuse(func, args, kwargs)
-        if fused is not None:
+        if (fused := fuse(func, args, kwargs)) is not None:
             return fused
         fusion.settle()
     if torch.compiler.is_compiling() and func.__name__ in REFLECTED:

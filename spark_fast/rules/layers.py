@@ -5,24 +5,35 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from spark_fast.fusion import PendingNorm, defers
+from spark_fast.fusion import batch_norm_of, linear_of
 from spark_fast.nn import functional
 from spark_fast.ops.conv.api import conv_window
 from spark_fast.ops.linear import linear
-from spark_fast.ops.norm import batch_norm, batch_statistics, layer_norm
-from spark_fast.ops.norm.api import check_batch_norm
+from spark_fast.ops.norm import layer_norm
 from spark_fast.rules.dense import through_dense
 from spark_fast.rules.padded import per_image_conv2d
 from spark_fast.rules.registry import SparseOpError, named, rule, where
 from spark_fast.rules.views import SparseView, channel_place, make, place_of, plain
-from spark_fast.tensor import SparseMap
+from spark_fast.tensor import SparseMap, SparseTensor
 
 
 @rule(torch.conv2d, F.conv2d)
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if isinstance(input, SparseView) and "X" in input.dims:
         return per_image_conv2d(input, conv_window(weight, stride, padding, dilation), weight, bias, groups)
-    return functional.conv2d(plain("conv2d", input), weight, bias, stride, padding, dilation, groups)
+    x = plain("conv2d", input)
+    if x.fusion is not None and _is_linear(x, weight, stride, padding, groups):
+        return linear_of(x, weight.flatten(1), bias)
+    return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_linear(x: SparseTensor, weight, stride, padding, groups: int) -> bool:
+    return (
+        weight.shape[1:] == (x.shape[1], 1, 1)
+        and stride in (1, (1, 1), [1, 1])
+        and padding in (0, (0, 0), [0, 0], "same", "valid")
+        and groups == 1
+    )
 
 
 @rule(*named("conv_transpose2d", torch, F))
@@ -50,11 +61,7 @@ def _avg_pool2d(
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     x = plain("batch_norm", input)
-    if not defers(x, weight, bias):
-        return x.with_features(batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
-    check_batch_norm("batch_norm", x.features, running_mean, running_var, weight, bias, training)
-    statistics = batch_statistics(x.features, running_mean, running_var, training, momentum, eps)
-    return x.fusion.defer(PendingNorm(x.features, *statistics, training, weight, bias), x)
+    return batch_norm_of(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _last_channels(op: str, x: SparseMap, normalized_shape: tuple[int, ...]) -> None:
@@ -85,6 +92,8 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
 def _linear(input, weight, bias=None):
     if not isinstance(input, SparseMap) or input.dims[-1] != "C":
         plain("linear", input, channels_last=True)
+    if isinstance(input, SparseTensor):
+        return linear_of(input, weight, bias)
     if input.features.dim() == 2:
         return make(linear(input.features, weight, bias), input, input.dims)
     return make(F.linear(input.features, weight, bias), input, input.dims)

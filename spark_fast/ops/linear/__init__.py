@@ -1,3 +1,3 @@
-from spark_fast.ops.linear.api import linear
+from spark_fast.ops.linear.api import checked_linear, linear
 
-__all__ = ["linear"]
+__all__ = ["checked_linear", "linear"]

@@ -23,6 +23,14 @@ def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Raises:
         TypeError, ValueError: an argument does not fit the others; the message names it.
     """
+    features, weight, bias = checked_linear(features, weight, bias)
+    if torch.compiler.is_compiling():
+        return graph.linear(features, weight, bias)
+    return LinearFunction.apply(features, weight, bias, backend.select("linear", features.device, features.dtype))
+
+
+def checked_linear(features, weight, bias) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments of `linear`, cast as autocast wants it."""
     features, weight, bias = checks.autocast(features, weight, bias)
     if features.dim() != 2 or weight.dim() != 2 or weight.shape[1] != features.shape[1]:
         raise ValueError(
@@ -31,9 +39,7 @@ def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         )
     checks.check_like("linear", "weight", weight, features, None)
     checks.check_like("linear", "bias", bias, features, (weight.shape[0],))
-    if torch.compiler.is_compiling():
-        return graph.linear(features, weight, bias)
-    return LinearFunction.apply(features, weight, bias, backend.select("linear", features.device, features.dtype))
+    return features, weight, bias
 
 
 class LinearFunction(torch.autograd.Function):
