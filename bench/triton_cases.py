@@ -124,6 +124,17 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
         name = f"batch norm {'and residual ' * with_residual}{channels} channels, {activation}, {short(dtype)}"
         yield Case(name, dtype, run, tuple(configs.BATCH) if every_config else ())
 
+    def scale(side, channels):
+        x, c = meta(active.rows(side), channels, dtype=dtype), meta(channels, dtype=FLOAT)
+        wide = meta(*x.shape, dtype=FLOAT)  # a ConvNeXt's shortcuts under autocast
+
+        def run():
+            for residual in (wide, None):
+                triton.batch_apply(x, residual, c, c, c, None, None, dtype=FLOAT)
+            triton.batch_norm_backward(wide, x, None, c, c, c, None, False, None)
+
+        return Case(f"layer scale {channels} channels, {short(dtype)}", dtype, run, tuple(configs.BATCH))
+
     def layer(side, channels, every_config=False):
         x, c = meta(active.rows(side), channels, dtype=dtype), meta(channels, dtype=FLOAT)
         m = meta(x.shape[0], dtype=FLOAT)
@@ -158,7 +169,9 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
         shipped = configs.LAYER if kind == "layer" else configs.BATCH
         yield Case(name, dtype, run, tuple(shipped) if every_config else ())
 
+    yield scale(8, 128)
     yield from batch(16, 64, None, True)
+    yield from batch(16, 32, "silu", True)
     yield from batch(16, 64, "relu", True)
     yield from batch(1, 2048, "relu", True, with_residual=True)
     yield from batch(8, 256, "relu", with_residual=True)

@@ -9,10 +9,6 @@ namespace spark {
 namespace SPARK_ISA {
 namespace {
 
-constexpr int64_t kPivotRows = 8;    // rows whose mean the variance is summed around
-constexpr int64_t kJoinVectors = 4;  // vectors in a joined row, at least
-constexpr int64_t kGroup = 4;        // joined rows that are handled together
-
 // Whole rows joined until they fill vectors, so that every number of channels runs in vectors; then cut into parts.
 template <typename T>
 struct Parts {
@@ -40,31 +36,6 @@ struct Parts {
   }
 };
 
-// first and second += the terms of `N` rows from `row` on. The rows share what is loaded for a channel.
-template <typename T, int N, typename Terms>
-inline void add_group(int64_t row, int64_t width, int64_t count, Terms terms, T* first, T* second) {
-  sweep<T>(count, [=](auto tag, int64_t c) {
-    typedef decltype(tag) V;
-    V a = get<V>(first + c), b = get<V>(second + c);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      V p, q;
-      terms(tag, row + n * width + c, c, p, q);
-      a += p;
-      b += q;
-    }
-    put(first + c, a);
-    put(second + c, b);
-  });
-}
-
-template <typename T, typename Terms>
-SPARK_NOINLINE void add_rows(int64_t row, int64_t end, int64_t width, Terms terms, T* first, T* second) {
-  for (; row + kGroup * width <= end; row += kGroup * width)
-    add_group<T, kGroup>(row, width, width, terms, first, second);
-  for (; row < end; row += width) add_group<T, 1>(row, width, std::min(width, end - row), terms, first, second);
-}
-
 // sums[0, c] and sums[1, c] = sums over the rows of the two values that terms(V{}, element, c, first, second) gives.
 template <typename T, typename Terms>
 std::vector<double> sum_rows(const Parts<T>& parts, Terms terms, int threads) {
@@ -90,23 +61,6 @@ std::vector<double> sum_rows(const Parts<T>& parts, Terms terms, int threads) {
   }
   add_parts(parts.count, 2 * channels, sums);
   return sums;
-}
-
-template <typename T, int N, typename Value>
-inline void write_group(int64_t row, int64_t width, int64_t count, Value value_of, T* out) {
-  sweep<T>(count, [=](auto tag, int64_t c) {
-    decltype(tag) values[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) values[n] = value_of(tag, row + n * width + c, c);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) put(out + row + n * width + c, values[n]);
-  });
-}
-
-template <typename T, typename Value>
-SPARK_NOINLINE void write_rows(int64_t row, int64_t end, int64_t width, Value value_of, T* out) {
-  for (; row + kGroup * width <= end; row += kGroup * width) write_group<T, kGroup>(row, width, width, value_of, out);
-  for (; row < end; row += width) write_group<T, 1>(row, width, std::min(width, end - row), value_of, out);
 }
 
 // out[element] = value_of(V{}, element, c), the last rows first: those are the ones that a sum has left in the cache.

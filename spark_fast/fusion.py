@@ -1,9 +1,11 @@
-"""Operations that models call one by one, as one kernel: batch norm, shortcut, activation; linear, GELU, linear.
+"""Operations that models call one by one, as one kernel: batch norm, shortcut, activation; linear, GELU, linear; layer
+scale and shortcut.
 
 While an encoder runs and gradients are recorded, the result of a batch norm is pending: its statistics are known and
 the running ones updated, but its rows are computed only when something reads them. A shortcut that is added to it and
 an activation become part of that computation (`spark_fast.ops.norm.batch_apply`); anything else finds the rows. A
-linear map is pending too, and with a GELU and another linear map after it an MLP (`spark_fast.ops.mlp`).
+linear map is pending too, and with a GELU and another linear map after it an MLP (`spark_fast.ops.mlp`). So is a
+product with a vector of the channels, which a shortcut can join (`spark_fast.ops.norm.layer_scale`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 
 from spark_fast.ops.linear import checked_linear, linear
 from spark_fast.ops.mlp import mlp
-from spark_fast.ops.norm import batch_apply, batch_norm, batch_statistics
+from spark_fast.ops.norm import batch_apply, batch_norm, batch_statistics, layer_scale
 from spark_fast.ops.norm.api import check_batch_norm
 from spark_fast.tensor import SparseTensor
 
@@ -26,6 +28,7 @@ ACTIVATIONS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", torch.Tensor.relu: "relu",
     torch.Tensor.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
 }  # fmt: skip
+PRODUCTS = {torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__}
 IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__}
 # Functions that write to no map: pending results may wait for them.
@@ -113,6 +116,25 @@ class PendingLinear(Pending):
         return F.gelu(rows) if self.gelu else rows
 
 
+@dataclass(frozen=True)
+class PendingScale(Pending):
+    """The arguments of `layer_scale`."""
+
+    features: torch.Tensor
+    weight: torch.Tensor
+    residual: torch.Tensor | None = None
+
+    name = "layer scale"
+
+    @property
+    def like(self) -> torch.Tensor:
+        dtype = torch.promote_types(self.features.dtype, self.weight.dtype)
+        return self.features.new_empty((), dtype=dtype).expand(self.features.shape)
+
+    def compute(self) -> torch.Tensor:
+        return layer_scale(self.features, self.weight, self.residual)
+
+
 class Fusion:
     """What the sparse tensors of one run of an encoder share. Results become pending while it is open."""
 
@@ -179,6 +201,8 @@ def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
         return _dropout(*args, **kwargs)
     if func in ADDITIONS and len(args) == 2 and not kwargs:
         return _added(func, *args)
+    if func in PRODUCTS and len(args) == 2 and not kwargs:
+        return _scaled(*args)
     return None
 
 
@@ -213,17 +237,31 @@ def _added(func: Callable, a: object, b: object) -> SparseTensor | None:
         return None
     if (a.patches, a.side, a.shape, a.dtype) != (b.patches, b.side, b.shape, b.dtype):
         return None
-    if _is_norm(a) and a._pending.residual is None:
+    if _takes_shortcut(a):
         x, other = a, b
-    elif _is_norm(b) and b._pending.residual is None and func not in IN_PLACE:
+    elif _takes_shortcut(b) and func not in IN_PLACE:
         x, other = b, a
     else:
         return None
-    norm = x._pending.but(residual=other.features)
+    total = x._pending.but(residual=other.features)
     if func not in IN_PLACE:
-        return x.fusion.defer(norm, x)
-    x._pending = norm
+        return x.fusion.defer(total, x)
+    x._pending = total
     return x
+
+
+def _takes_shortcut(x: SparseTensor) -> bool:
+    return isinstance(x._pending, PendingNorm | PendingScale) and x._pending.residual is None
+
+
+def _scaled(a: object, b: object) -> SparseTensor | None:
+    x, weight = (a, b) if isinstance(a, SparseTensor) else (b, a)
+    if not isinstance(x, SparseTensor) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    of_channels = (1, 1, 1, x.shape[3]) if x.channels_last else (1, x.shape[1], 1, 1)
+    if (1,) * (4 - weight.dim()) + tuple(weight.shape) != of_channels or not _can_wait(x, weight, None):
+        return None
+    return x.fusion.defer(PendingScale(x.features, weight.flatten()), x)
 
 
 def _is_norm(x: object) -> bool:

@@ -19,9 +19,11 @@ CHANNELS = 6
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What was computed: (activation, whether there is a residual) of each norm, "mlp" and "linear"."""
+    """What was computed, in order: (activation, whether there is a shortcut) of norms, "mlp", "linear", and ("scale",
+    whether there is a shortcut)."""
     calls = []
     norm, mlp, linear = fusion.batch_apply, fusion.mlp, fusion.PendingLinear.compute
+    scale = fusion.PendingScale.compute
 
     def recorded(features, mean, rstd, training, weight, bias, activation, residual):
         calls.append((activation, residual is not None))
@@ -29,6 +31,9 @@ def joined(monkeypatch):
 
     monkeypatch.setattr(fusion, "batch_apply", recorded)
     monkeypatch.setattr(fusion, "mlp", lambda *a: calls.append("mlp") or mlp(*a))
+    monkeypatch.setattr(
+        fusion.PendingScale, "compute", lambda self: calls.append(("scale", self.residual is not None)) or scale(self)
+    )
     monkeypatch.setattr(fusion.PendingLinear, "compute", lambda self: calls.append("linear") or linear(self))
     return calls
 
@@ -41,7 +46,7 @@ class Block(nn.Module):
         self.conv, self.bn = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
         self.side = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS))
         self.up, self.down = nn.Linear(CHANNELS, 4 * CHANNELS), nn.Linear(4 * CHANNELS, CHANNELS, bias=False)
-        self.drop = nn.Dropout(0.0)
+        self.drop, self.gamma = nn.Dropout(0.0), nn.Parameter(torch.randn(CHANNELS))
         self.end = end
 
     def forward(self, x):
@@ -100,6 +105,17 @@ def mlp_and_hidden(block, y):
     return block.down(hidden) + block.down(before) + block.down(hidden * 2)
 
 
+def convnext(block, y, x):
+    y = block.down(F.gelu(block.up(y.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+    return y.mul(block.gamma.reshape(1, -1, 1, 1)) + x
+
+
+def scale_in_place(block, y, x):
+    y = y * block.gamma[:, None, None]
+    y += x
+    return y
+
+
 # name -> (the end, what is joined in each block)
 ENDS = {
     "relu": (lambda block, y, x: F.relu(block.bn(y)), [("relu", False)]),
@@ -135,6 +151,19 @@ ENDS = {
         ["linear", "linear"],
     ),
     "mlp and its inside": (last(mlp_and_hidden), ["mlp", "linear", "linear", "linear", "linear"]),
+    "convnext": (convnext, ["mlp", ("scale", True)]),
+    "scale": (lambda block, y, x: y * block.gamma[:, None, None], [("scale", False)]),
+    "scale, then add": (scale_in_place, [("scale", True)]),
+    "scale from the left": (lambda block, y, x: block.gamma[None, :, None, None] * y + x, [("scale", True)]),
+    "scale, channels last": (last(lambda block, y: torch.mul(y, block.gamma)), [("scale", False)]),
+    "scale and relu": (lambda block, y, x: F.relu(y * block.gamma[:, None, None] + x), [("scale", True)]),
+    "scale of a norm": (
+        lambda block, y, x: block.bn(y) * block.gamma[:, None, None] + x,
+        [(None, False), ("scale", True)],
+    ),
+    "scale of all": (lambda block, y, x: y * block.gamma[0] + x, []),
+    "scale in place": (lambda block, y, x: (y * 1).mul_(block.gamma[:, None, None]) + x, []),
+    "scale of images": (lambda block, y, x: y * block.gamma[: len(y), None, None, None] + x, []),
     "number": (lambda block, y, x: F.relu(block.bn(y) + 1), [(None, False)]),
 }
 
@@ -189,7 +218,7 @@ def test_networks_compute_what_they_did(name, joined):
         sum(m.features.square().mean() for m in maps).backward()
         results.append(([m.features for m in maps], [p.grad for p in at.parameters()], list(at.buffers())))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
-    assert sum(call not in ("linear", (None, False)) for call in joined) > 10
+    assert sum(call not in ("linear", (None, False), ("scale", False)) for call in joined) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -237,8 +266,8 @@ def test_who_reads_without_gradients_does_not_cut_them(mode):
     torch.testing.assert_close(run(model, images()), plain, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp of convolutions"])
-def test_an_mlp_is_cast_as_its_parts_are(name):
+@pytest.mark.parametrize("name", ["mlp", "mlp of convolutions", "convnext", "scale", "scale, channels last"])
+def test_results_are_cast_as_their_parts_are(name):
     model = encoder(ENDS[name][0], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         (ours, grads, _), (plain, plain_grads, _) = (

@@ -11,7 +11,7 @@ from torch import nn
 import spark_fast as sf
 from spark_fast import use_backend
 from spark_fast.ops import tuning
-from spark_fast.ops.norm import batch_apply, batch_norm, batch_norm_dense, layer_norm
+from spark_fast.ops.norm import batch_apply, batch_norm, batch_norm_dense, layer_norm, layer_scale
 
 BACKENDS = ["cpu", "library", "reference"]
 # rows, channels; the last is more than one part of the rows, and no whole number of joined rows
@@ -461,6 +461,69 @@ def test_a_wrong_residual_is_named():
     images = torch.randn(2, 3, 4, 5)
     with pytest.raises(ValueError, match="residual"):
         batch_norm_dense(images, None, None, training=True, residual=images.mT)
+
+
+def scaled(x, weight, residual=None):
+    return x * weight if residual is None else x * weight + residual
+
+
+def check_layer_scale(size, dtypes, with_residual, device="cpu"):
+    x, weight, residual = (samples(size, True, torch.float64)[i] for i in (0, 1, 0))
+    inputs = [t.to(dtype).to(device) for t, dtype in zip((x, weight, residual.flip(0)), dtypes, strict=True)]
+    inputs = inputs[: 2 + with_residual]
+    mine, my_grads = value_and_grads(layer_scale, *inputs)
+    own, own_grads = value_and_grads(scaled, *inputs)
+    true, grads = value_and_grads(scaled, *(t.double() for t in inputs))
+    assert mine.dtype == own.dtype
+    largest = (inputs[0].double() * inputs[1].double()).abs().max().item() if size[0] else 0
+    assert_as_exact(mine, own, true, "forward", 2, largest)
+    for name, a, theirs, exact in zip(("input", "weight", "residual"), my_grads, own_grads, grads, strict=False):
+        assert a.dtype == theirs.dtype
+        assert_as_exact(a, theirs, exact, f"grad {name}", size[0] + 1)
+
+
+# features, weight, residual: float32, and what a ConvNeXt has under autocast
+SCALES = [
+    (torch.float32,) * 3,
+    (torch.float64,) * 3,
+    (torch.bfloat16,) * 3,
+    (torch.bfloat16, torch.float32, torch.float32),
+]
+
+
+@pytest.mark.parametrize("dtypes", SCALES, ids=str)
+@pytest.mark.parametrize("size", [(0, 3), (1, 1), (13, 7), (200, 65)], ids=str)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_layer_scale(with_residual, size, dtypes, backend):
+    check_layer_scale(size, dtypes, with_residual)
+
+
+@pytest.mark.parametrize("dtypes", [SCALES[0], *SCALES[2:], (torch.float16, torch.float32, torch.float32)], ids=str)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_triton_layer_scale(with_residual, dtypes, on_triton):
+    check_layer_scale((200, 65), dtypes, with_residual, on_triton)
+
+
+def test_layer_scale_keeps_its_input_alone(backend):
+    x, weight, residual = (torch.randn(s, requires_grad=True) for s in ((13, 7), (7,), (13, 7)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer_scale(x, weight, residual)
+    assert [t.data_ptr() for t in kept if t.shape == x.shape] == [x.data_ptr()]
+
+
+def test_wrong_arguments_of_layer_scale_are_named():
+    x = torch.randn(4, 3)
+    for arguments, error, message in (
+        ((x[0], x[0]), ValueError, "features must be"),
+        ((x, x[0, :2]), ValueError, "weight must have one value"),
+        ((x, x[0].long()), TypeError, "weight must be floating"),
+        ((x, x[0], x[:3]), ValueError, "residual must have shape"),
+        ((x, x[0], x.long()), TypeError, "residual must be floating"),
+        ((x, x[0], x.to("meta")), ValueError, "residual is on meta"),
+    ):
+        with pytest.raises(error, match=f"layer_scale: {message}"):
+            layer_scale(*arguments)
 
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)

@@ -140,6 +140,35 @@ def batch_norm_dense(
     return out.view(rows.shape).permute(0, 3, 1, 2)
 
 
+def layer_scale(features: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """features * weight + residual: layer scale (Touvron et al., 2021) and the shortcut after it, in one pass.
+
+    Args:
+        features: (N, C) rows, floating point.
+        weight: (C,), floating point.
+        residual: (N, C), floating point, or None.
+
+    Returns:
+        (N, C), in the dtype that PyTorch promotes the arguments to.
+
+    Raises:
+        TypeError: an argument is not floating point.
+        ValueError: an argument has another shape or device than the features.
+    """
+    _check("layer_scale", features)
+    _check_vectors("layer_scale", features, {"weight": weight})
+    if residual is not None:
+        if residual.dtype not in checks.FLOATS:
+            raise TypeError(f"layer_scale: residual must be floating point; got {residual.dtype}")
+        checks.check_like(
+            "layer_scale", "residual", residual, features.new_empty((), dtype=residual.dtype), tuple(features.shape)
+        )
+    if torch.compiler.is_compiling():
+        return features * weight if residual is None else features * weight + residual
+    run = backend.select("norm", features.device, features.dtype, features)
+    return LayerScaleFunction.apply(features, weight, residual, run)
+
+
 def layer_norm(
     features: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -177,6 +206,29 @@ class BatchApplyFunction(torch.autograd.Function):
             of_residual = grad  # without an activation
         grads = (of_features, of_residual, None, None, of_weight, of_bias)
         return *wanted_grads(ctx, grads, (features, grad, None, None, weight, bias)), None, None, None
+
+
+class LayerScaleFunction(torch.autograd.Function):
+    """A batch norm in evaluation of mean 0 and deviation 1."""
+
+    @staticmethod
+    def forward(ctx, features, weight, residual, run):
+        features = features.contiguous()
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        mean, rstd = features.new_zeros(features.shape[1], dtype=wide), features.new_ones(features.shape[1], dtype=wide)
+        ctx.save_for_backward(features, mean, rstd, weight)
+        ctx.run = run
+        return run.batch_apply(features, residual, mean, rstd, weight, None, None, dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        features, mean, rstd, weight = ctx.saved_tensors
+        saved = (features, None, mean, rstd, weight, None)
+        of_features, of_weight, _, _ = ctx.run.batch_norm_backward(grad.contiguous(), *saved, False, None)
+        return *wanted_grads(ctx, (of_features, of_weight, grad), (features, weight, grad)), None
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -22,14 +22,14 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
     return mean, rstd
 
 
-def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
+def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=None) -> torch.Tensor:
     x, residual, mean, rstd, weight, bias = computing(features, residual, mean, rstd, weight, bias)
     out = torch.empty_like(x)
     native.module().batch_apply(
         x.element_size(), *x.shape, address(x), address(residual), address(mean), address(rstd), address(weight),
         address(bias), ACTIVATIONS[activation], address(out), torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(features.dtype)
+    return out.to(dtype or features.dtype)
 
 
 def batch_norm_backward(

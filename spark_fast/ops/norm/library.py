@@ -22,8 +22,8 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
     return mean, torch.rsqrt(var + eps)
 
 
-def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
-    return ACTIVATE[activation](_normal(features, residual, mean, rstd, weight, bias)).to(features.dtype)
+def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=None) -> torch.Tensor:
+    return ACTIVATE[activation](_normal(features, residual, mean, rstd, weight, bias)).to(dtype or features.dtype)
 
 
 def batch_norm_backward(

@@ -18,9 +18,9 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
     return x.mean(0), 1 / torch.sqrt(x.var(0, correction=0) + eps)
 
 
-def batch_apply(features, residual, mean, rstd, weight, bias, activation) -> torch.Tensor:
+def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=None) -> torch.Tensor:
     y = _affine((features.to(mean.dtype) - mean) * rstd, weight, bias)
-    return ACTIVATIONS[activation](y if residual is None else y + residual).to(features.dtype)
+    return ACTIVATIONS[activation](y if residual is None else y + residual).to(dtype or features.dtype)
 
 
 def batch_norm_backward(

@@ -58,14 +58,14 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
     return mean, rstd
 
 
-def batch_apply(features, residual, mean, rstd, weight, bias, activation, maps=None) -> torch.Tensor:
-    """activation(norm(features) + residual)."""
+def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=None, maps=None) -> torch.Tensor:
+    """activation(norm(features) + residual), of the features' dtype if no other is given."""
     features, residual, mean, rstd, weight, bias = packed(features, residual, mean, rstd, weight, bias)
     channels = features.shape[1]
     filled, side = _filled(maps)
 
     def run(config):
-        out = _result(features, maps)
+        out = _result(features, maps, dtype)
         places = out.numel() // max(channels, 1)
         tile = _batch_tile(config, channels)
         launch(
@@ -74,7 +74,8 @@ def batch_apply(features, residual, mean, rstd, weight, bias, activation, maps=N
         )  # fmt: skip
         return out
 
-    case = (features.dtype, channels, activation, residual is not None, *_sides(maps))
+    added = None if residual is None else residual.dtype
+    case = (features.dtype, channels, activation, added, dtype or features.dtype, *_sides(maps))
     return _as_maps(_tuned("norm.batch_apply", case, features, configs.BATCH, run))
 
 
@@ -180,10 +181,10 @@ def _sides(maps) -> tuple[int, ...]:
     return () if maps is None else (maps[1],)
 
 
-def _result(features: torch.Tensor, maps) -> torch.Tensor:
+def _result(features: torch.Tensor, maps, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Memory for normalised rows (N, C) or, with `maps`, for channels-last pixels (B, H, W, C)."""
     if maps is None:
-        return torch.empty_like(features)
+        return torch.empty_like(features, dtype=dtype)
     patches, side, _ = maps
     gh, gw = patches.grid
     return features.new_empty(patches.batch, gh * side, gw * side, features.shape[1])
