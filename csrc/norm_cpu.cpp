@@ -220,18 +220,30 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
         dweight[c] = static_cast<T>(sums[channels + c] * rstd[c]);
       }
       if (!dx) return;
-      // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat), the statistics being constant in evaluation.
-      const auto share = [=](double sum) { return training ? -sum / rows : 0; };  // 0 even of an infinite sum
+      const auto of_norm = [=](auto tag, int64_t i, int64_t c) {
+        typedef decltype(tag) V;
+        return V(std::is_pointer_v<decltype(added)> ? get<V>(dresidual + i) : gradient(tag, i, c));
+      };
+      if (!training) {  // constant statistics: the rows, which may be infinite, do not matter
+        write_all(
+            parts,
+            [=](auto tag, int64_t i, int64_t c) {
+              typedef decltype(tag) V;
+              return V(of_norm(tag, i, c) * get<V>(scale + c));
+            },
+            dx, threads);
+        return;
+      }
+      // dx = scale * (dy - mean of dy - xhat * mean of dy * xhat)
       const std::vector<T> slopes =
-          parts.joined([&](int64_t c) { return share(sums[channels + c]) * rstd[c] * rstd[c] * scale[c]; });
-      const std::vector<T> offsets = parts.joined([&](int64_t c) { return share(sums[c]) * scale[c]; });
+          parts.joined([&](int64_t c) { return -sums[channels + c] / rows * rstd[c] * rstd[c] * scale[c]; });
+      const std::vector<T> offsets = parts.joined([&](int64_t c) { return -sums[c] / rows * scale[c]; });
       const T *slope = slopes.data(), *offset = offsets.data();
       write_all(
           parts,
           [=](auto tag, int64_t i, int64_t c) {
             typedef decltype(tag) V;
-            const V away = get<V>(x + i) - get<V>(center + c);
-            const V g = std::is_pointer_v<decltype(added)> ? get<V>(dresidual + i) : gradient(tag, i, c);
+            const V away = get<V>(x + i) - get<V>(center + c), g = of_norm(tag, i, c);
             return V(g * get<V>(scale + c) + (away * get<V>(slope + c) + get<V>(offset + c)));
           },
           dx, threads);

@@ -34,7 +34,7 @@ inline Vec<float> sigmoid(const Vec<float>& x) {
   V exponential;
   std::memcpy(&exponential, &bits, sizeof(bits));
   const V result = 1.f / (1.f + exponential);
-  return x == x ? result : x;
+  return x == x ? (x < -most ? V{} : result) : x;  // 0 below: x times the least sigmoid would grow with x
 }
 
 inline Vec<double> sigmoid(const Vec<double>& x) {

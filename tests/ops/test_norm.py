@@ -331,7 +331,8 @@ def test_dense_maps(training, activation, layout, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_silu_far_from_zero(dtype, instruction_set):
     """Of pixels that are what goes into it, whole vectors of them and rests."""
-    y = torch.cat((torch.linspace(-80, 80, 1601), torch.tensor([1e4, 1e30, torch.inf, torch.nan]))).to(dtype)
+    far = torch.tensor([-torch.inf, -3e38, -1e30, -1e4, -100, 1e4, 1e30, torch.inf, torch.nan])
+    y = torch.cat((torch.linspace(-80, 80, 1601), far)).to(dtype)
     x = y[:, None].expand(-1, 19).contiguous()
     ours, (grad,) = value_and_grads(
         lambda t: batch_apply(t, x.new_zeros(19), x.new_ones(19), False, None, None, "silu"), x
@@ -341,6 +342,7 @@ def test_silu_far_from_zero(dtype, instruction_set):
     torch.testing.assert_close(ours.double(), theirs, **close)
     steep = y.abs() < 80  # where the slope is neither 0 nor 1 to rounding, the two terms of its formula cancel
     torch.testing.assert_close(grad[steep].double(), own[steep], rtol=close["rtol"], atol=16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(grad[-len(far) :].double(), own[-len(far) :], **close)
 
 
 def test_no_channels():
@@ -390,6 +392,21 @@ def test_in_evaluation_an_infinite_gradient_stays_in_its_row(backend):
         batch_norm(x, torch.zeros(3), torch.ones(3)).backward(upstream)
     finite = x.grad.isfinite()
     assert not finite[2, 1] and finite.sum() == 14
+
+
+def check_gradients_of_constant_statistics(device="cpu"):
+    """Rows and their infinities do not matter to them."""
+    x, w = torch.randn(5, 19, device=device), torch.randn(19, device=device)
+    mean, var = torch.randn(19, device=device), torch.rand(19, device=device) + 0.5
+    wild = x.clone()
+    wild[2, 1], wild[3, 18], wild[0, 4] = torch.inf, -torch.inf, torch.nan
+    for run in (lambda t: batch_norm(t, mean, var, w), lambda t: layer_scale(t, w), lambda t: layer_scale(t, w, x)):
+        (_, (grad,)), (_, (expected,)) = value_and_grads(run, wild), value_and_grads(run, x)
+        assert torch.equal(grad, expected) and grad.isfinite().all()
+
+
+def test_in_evaluation_an_infinite_row_has_the_gradient_of_any_other(backend):
+    check_gradients_of_constant_statistics()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "library", "reference"])
@@ -705,6 +722,10 @@ def test_triton_in_evaluation_an_infinite_gradient_stays_in_its_row(on_triton):
     batch_norm(x, *(f(3, device=on_triton) for f in (torch.zeros, torch.ones))).backward(upstream)
     finite = x.grad.isfinite()
     assert not finite[2, 1] and finite.sum() == 14
+
+
+def test_triton_in_evaluation_an_infinite_row_has_the_gradient_of_any_other(on_triton):
+    check_gradients_of_constant_statistics(on_triton)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
