@@ -136,6 +136,11 @@ def test_without_masked_pixels_it_is_pytorchs_of_the_maps(channels, groups, back
     torch.testing.assert_close(ours, theirs)
 
 
+def test_many_images(backend):
+    """More than the CPU kernel's blocks of images, whose sums of the weight's gradient are added afterwards."""
+    check(sf.ActivePatches(torch.rand(150, 2, 2) < 0.6), 2, 6, 3, torch.float32)
+
+
 def far_away(device="cpu"):
     """300,000 rows of mean 1000 and deviation 1, after an image of few, with channels that differ."""
     active = torch.zeros(2, 600, 500, dtype=torch.bool)
