@@ -10,6 +10,7 @@ from watching import no_waiting
 
 import spark_fast as sf
 from spark_fast import use_backend
+from spark_fast.ops import backend as backends
 from spark_fast.ops import tuning
 from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.group_norm.images import patch_starts
@@ -288,6 +289,19 @@ def check_empty(device="cpu"):
             assert len(x) or all(torch.equal(g, torch.zeros_like(g)) for g in grads[1:])
 
 
+def check_statistics_without_pixels(run, device="cpu"):
+    patches = sf.ActivePatches(torch.tensor([[[True, True]], [[False, False]], [[True, False]]], device=device))
+    _, mean, rstd = run.forward(torch.randn(patches.rows(2), 6, device=device), None, None, 3, 1e-5, patches, 2)
+    assert torch.equal(mean[1], torch.zeros_like(mean[1])) and torch.equal(rstd[1], torch.ones_like(rstd[1]))
+    assert mean.all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_an_image_without_pixels_has_mean_0_and_deviation_1(name):
+    with use_backend(name, "group_norm"):
+        check_statistics_without_pixels(backends.select("group_norm", torch.device("cpu")))
+
+
 def test_the_library_waits_for_nothing():
     patches = sf.ActivePatches(torch.rand(3, 4, 5) < 0.5)
     x, w, b = (t.requires_grad_() for t in samples(patches, 2, 6, True, torch.float32))
@@ -385,6 +399,10 @@ def test_triton_strided_inputs_and_gradients(some_patches, on_triton):
 
 def test_triton_without_images_pixels_or_channels(on_triton):
     check_empty(on_triton)
+
+
+def test_triton_an_image_without_pixels_has_mean_0_and_deviation_1(on_triton):
+    check_statistics_without_pixels(backends.select("group_norm", on_triton), on_triton)
 
 
 @pytest.mark.parametrize("patches", ["equal", "unequal"], indirect=True)
