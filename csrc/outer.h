@@ -18,7 +18,8 @@ constexpr int kOuterRows = kTileRows == 12 ? 8 : 4;
 constexpr int64_t kChunk = 256;  // query rows that are handled together
 
 // out[m, :] = (0 if `fresh`, else itself) + sum over p of a[row p][m] * b[p][:], for M channels of a's rows, `lda`
-// apart, and rows of out `ldo` apart; row p is index[p], or p.
+// apart, and rows of out `ldo` apart; row p is index[p], or p. The sum is added as a whole: of N rows a sum has
+// kChunk + N / kChunk roundings in a row.
 template <typename T, int M, int N, bool Indexed>
 SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, const T* b, int64_t pairs, T* out,
                                int64_t ldo, bool fresh) {
@@ -28,7 +29,7 @@ SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, c
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[m][n] = fresh ? V{} : load(out + m * ldo + n * L);
+    for (int n = 0; n < N; ++n) sum[m][n] = V{};
   for (int64_t p = 0; p < pairs; ++p, b += C) {
     const T* const row = a + (Indexed ? index[p] : p) * lda;
     V right[N];
@@ -44,7 +45,10 @@ SPARK_NOINLINE void outer_tile(const T* a, int64_t lda, const uint16_t* index, c
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store(out + m * ldo + n * L, sum[m][n]);
+    for (int n = 0; n < N; ++n) {
+      T* const to = out + m * ldo + n * L;
+      store(to, fresh ? sum[m][n] : load(to) + sum[m][n]);
+    }
 }
 
 // Channels of kChunk rows in columns of kLeft channels, each (rows, kLeft): rows a power of two apart thrash the cache.

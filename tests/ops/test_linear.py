@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exactness import DTYPES, assert_as_exact, value_and_grads
 
 from spark_fast import use_backend
 from spark_fast.ops.linear import linear
+from spark_fast.ops.mlp import mlp
 
 # rows, in, out
 SHAPES = [(1, 1, 1), (0, 3, 5), (7, 3, 65), (13, 65, 7), (300, 16, 48), (1500, 33, 40), (40, 600, 130)]
@@ -105,3 +107,24 @@ def test_a_lazily_negated_tensor_is_not_misread():
 def test_bad_arguments_are_named(change, error, words):
     with pytest.raises(error, match=words):
         linear(*change(*make((13, 5, 7), torch.float32)))
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_weight_gradients_of_many_equal_rows(op):
+    """All roundings of such a sum have the same sign: those of pieces of 256 rows, and of as many sums as there are."""
+    rows = 100_000
+    x = torch.full((rows, 4), 0.7)
+    first, second = (torch.rand(8, 4) + 0.5), (torch.rand(4, 8) + 0.5)
+
+    def run(x, *weights):
+        out = linear(x, weights[0]) if op == "linear" else mlp(x, weights[0], None, weights[1], None)
+        return torch.autograd.grad(out, weights, torch.full_like(out, 0.3))
+
+    weights = [w.requires_grad_() for w in (first, second)[: 1 if op == "linear" else 2]]
+    with use_backend("cpu", op):
+        ours = run(x, *weights)
+    exact = [w.detach().double().requires_grad_() for w in weights]
+    out = F.linear(x.double(), exact[0])
+    out = out if op == "linear" else F.linear(F.gelu(out), exact[1])
+    for mine, true in zip(ours, torch.autograd.grad(out, exact, torch.full_like(out, 0.3)), strict=True):
+        assert (mine / true - 1).abs().max() <= (256 + rows / 256 + 16) * 2**-24
