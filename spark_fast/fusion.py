@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from spark_fast.ops.checks import autocast
 from spark_fast.ops.linear import checked_linear, linear
 from spark_fast.ops.mlp import mlp
 from spark_fast.ops.norm import batch_apply, batch_norm, batch_statistics, layer_scale
@@ -45,8 +46,9 @@ class Pending:
     def __post_init__(self):
         object.__setattr__(self, "versions", self._versions())
 
-    def _versions(self) -> list[int]:
-        return [t._version for t in vars(self).values() if isinstance(t, torch.Tensor)]
+    def _versions(self) -> list[tuple[int, int]]:
+        """Of each tensor; writes through `.data` count no version, but another tensor as `.data` is another address."""
+        return [(t._version, t.data_ptr()) for t in vars(self).values() if isinstance(t, torch.Tensor)]
 
     def check(self) -> None:
         """
@@ -157,6 +159,10 @@ class Fusion:
                 x.settle()
         self._pending = []
 
+    def __getstate__(self) -> dict:
+        """Of a copy: a run that is over."""
+        return {"open": False, "_pending": []}
+
 
 def batch_norm_of(
     x: SparseTensor, running_mean, running_var, weight, bias, training: bool, momentum: float, eps: float
@@ -174,7 +180,7 @@ def linear_of(x: SparseTensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     if not _can_wait(x, weight, bias):
         return x.with_features(linear(x.features, weight, bias))
     first = x._pending
-    if isinstance(first, PendingLinear) and first.gelu:
+    if isinstance(first, PendingLinear) and first.gelu and _is_cast(first.features):
         first.check()
         return x.with_features(mlp(first.features, first.weight, first.bias, weight, bias))
     return x.fusion.defer(PendingLinear(*checked_linear(x.features, weight, bias)), x)
@@ -190,7 +196,10 @@ def _can_wait(x: SparseTensor, weight: torch.Tensor | None, bias: torch.Tensor |
 
 
 def fuse(func: Callable, args: tuple, kwargs: dict) -> SparseTensor | None:
-    """What `func` gives as a part of a pending operation, itself pending if more can follow; None where it is none."""
+    """What `func` gives as a part of a pending operation, itself pending if more can follow; None where it is none, as
+    without gradients or in a region that is computed again while the pending operation is from outside of it."""
+    if not torch.is_grad_enabled() or _hooks() is not None:
+        return None
     if func in ACTIVATIONS:
         return _activated(func, ACTIVATIONS[func], *args, **kwargs)
     if func is F.hardtanh:  # nn.ReLU6
@@ -235,7 +244,9 @@ def _dropout(input, p: float = 0.5, training: bool = True, inplace: bool = False
 def _added(func: Callable, a: object, b: object) -> SparseTensor | None:
     if not isinstance(a, SparseTensor) or not isinstance(b, SparseTensor) or a is b:
         return None
-    if (a.patches, a.side, a.shape, a.dtype) != (b.patches, b.side, b.shape, b.dtype):
+    if (a.patches, a.side, a.shape, a.dims, a.dtype) != (b.patches, b.side, b.shape, b.dims, b.dtype):
+        return None
+    if a.fusion is not b.fusion:  # a write to the shortcut would go unseen
         return None
     if _takes_shortcut(a):
         x, other = a, b
@@ -258,6 +269,8 @@ def _scaled(a: object, b: object) -> SparseTensor | None:
     x, weight = (a, b) if isinstance(a, SparseTensor) else (b, a)
     if not isinstance(x, SparseTensor) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return None
+    if not weight.requires_grad or weight.dim() == 0:  # a constant keeps no map; a number promotes no dtype
+        return None
     of_channels = (1, 1, 1, x.shape[3]) if x.channels_last else (1, x.shape[1], 1, 1)
     if (1,) * (4 - weight.dim()) + tuple(weight.shape) != of_channels or not _can_wait(x, weight, None):
         return None
@@ -266,6 +279,11 @@ def _scaled(a: object, b: object) -> SparseTensor | None:
 
 def _is_norm(x: object) -> bool:
     return isinstance(x, SparseTensor) and isinstance(x._pending, PendingNorm)
+
+
+def _is_cast(rows: torch.Tensor) -> bool:
+    """Autocast, which may be another than when they were made, leaves them as they are."""
+    return autocast(rows.new_empty(0))[0].dtype == rows.dtype
 
 
 def _hooks():

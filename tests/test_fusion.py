@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -440,3 +441,150 @@ def test_a_region_keeps_nothing_more():
     out = model(images())
     assert [storage.expired() for storage in made] == [False, True]
     del out
+
+
+def relu_in_no_grad(block, y, x):
+    y = block.bn(y)
+    with torch.no_grad():
+        gate = F.relu(y)
+    return y * gate
+
+
+def sum_in_no_grad(block, y, x):
+    y = block.bn(y)
+    with torch.no_grad():
+        gate = y + x
+    return y * gate
+
+
+def gelu_in_no_grad(block, y):
+    y = block.up(y)
+    with torch.no_grad():
+        gate = F.gelu(y)
+    return block.down(y * gate)
+
+
+def in_place_in_no_grad(block, y, x):
+    y = block.bn(y)
+    with torch.no_grad():
+        y.relu_()
+    return y * 1
+
+
+@pytest.mark.parametrize("end", [relu_in_no_grad, sum_in_no_grad, last(gelu_in_no_grad), in_place_in_no_grad])
+def test_what_is_computed_without_gradients_is_a_constant(end):
+    model = encoder(end)
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
+def region(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def mlp_from_its_gelu_on(block, y):
+    return region(lambda h: block.down(F.gelu(h)), block.up(y))
+
+
+# The region begins with what would join the pending result from outside of it.
+REGIONS = {
+    "relu": lambda block, y, x: region(lambda h: block.conv(F.relu(h)), block.bn(y)),
+    "relu in place": lambda block, y, x: region(lambda h: block.conv(h.relu_()), block.bn(y)),
+    "sum": lambda block, y, x: region(lambda h, s: block.conv(F.relu(h + s)), block.bn(y), x),
+    "gelu": last(mlp_from_its_gelu_on),
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_nothing_in_a_region_joins_what_is_outside(name):
+    model = encoder(REGIONS[name])
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
+def test_a_constant_scale_keeps_no_map(joined):
+    def end(block, y, x):
+        y = y * 1
+        scaled = y * block.gamma.detach()[:, None, None]
+        y += x
+        return scaled + y
+
+    model = encoder(end)
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+    assert not joined
+
+
+def test_a_number_promotes_no_dtype():
+    channel = images(torch.bfloat16)
+    channel = channel.with_features(channel.features[:, :1])
+    channel.fusion = fusion.Fusion()
+    number = torch.ones((), requires_grad=True)
+    assert (channel * number).dtype == torch.bfloat16
+    assert (channel * number.reshape(1)).dtype == torch.float32
+
+
+def test_orders_of_dimensions_are_not_mixed_up():
+    x = images()
+    rows = torch.randn(len(x.features), 32, dtype=torch.float64, requires_grad=True)
+    x = x.with_features(rows)  # (2, 32, 32, 32)
+    x.fusion = fusion.Fusion()
+    last_channels = x.permute(0, 2, 3, 1)
+    with pytest.raises(ValueError, match="sparse tensors of shapes"):
+        F.batch_norm(x, None, None, training=True) + last_channels
+
+
+def test_a_shortcut_that_went_through_the_dense_map_may_be_written_to():
+    def end(block, y, x):
+        shortcut = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        out = block.bn(y) + shortcut
+        shortcut.add_(1)
+        return F.relu(out) + shortcut
+
+    with pytest.warns(UserWarning, match="dense"):
+        sf.rules.registry._warned.clear()
+        model = encoder(end)
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [F.relu, F.gelu])
+def test_own_rules_come_first(function, monkeypatch):
+    monkeypatch.setitem(sf.rules.registry.RULES, function, lambda x, **_: x.with_features(x.features * 7))
+    mlp = last(lambda block, y: block.down(function(block.up(y))))
+    model = encoder(mlp if function is F.gelu else lambda block, y, x: function(block.bn(y)))
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
+def test_other_data_of_a_weight_is_an_error():
+    """As where a layer computes with rounded weights for a moment."""
+
+    def end(block, y, x):
+        exact = block.up.weight.data
+        block.up.weight.data = exact.round()
+        y = block.up(y.permute(0, 2, 3, 1))
+        block.up.weight.data = exact
+        return block.down(F.gelu(y)).permute(0, 3, 1, 2)
+
+    with pytest.raises(RuntimeError, match="changed in place before"):
+        encoder(end)(images())
+
+
+@pytest.mark.parametrize("first", [None, torch.bfloat16])
+def test_linear_maps_of_two_types_are_no_mlp(first, joined):
+    def end(block, y):
+        with torch.autocast("cpu", first or torch.bfloat16, enabled=first is not None):
+            y = F.gelu(block.up(y))
+        with torch.autocast("cpu", torch.float16):
+            return block.down(y).float()
+
+    model = encoder(last(end), torch.float32)
+    ours, plain = (run(model, images(torch.float32), fused)[0] for fused in (True, False))
+    assert "mlp" not in joined
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_a_pending_result_is_pickled_as_its_rows():
+    def end(block, y, x):
+        y = block.bn(y)
+        again = pickle.loads(pickle.dumps(y))
+        torch.testing.assert_close(again.features, y.features)
+        return y
+
+    encoder(end)(images())

@@ -24,11 +24,20 @@ def apply(func: Callable, args: tuple, kwargs: dict):
     """
     check_differentiable()
     kwargs = usual_names(func, kwargs)
-    fusion = next((x.fusion for x in (*args, *kwargs.values()) if isinstance(x, SparseMap)), None)
-    if fusion is not None and func not in READERS:
-        if (fused := fuse(func, args, kwargs)) is not None:
+    fusion = next((x.fusion for x in (*args, *kwargs.values()) if isinstance(x, SparseMap) and x.fusion), None)
+    if fusion is None:
+        return _apply(func, args, kwargs)
+    if func not in READERS:
+        if func not in RULES and (fused := fuse(func, args, kwargs)) is not None:
             return fused
         fusion.settle()
+    out = _apply(func, args, kwargs)
+    if isinstance(out, SparseMap) and out.fusion is None:
+        out.fusion = fusion
+    return out
+
+
+def _apply(func: Callable, args: tuple, kwargs: dict):
     if torch.compiler.is_compiling() and func.__name__ in REFLECTED:
         return pointwise(REFLECTED[func.__name__], args, kwargs)
     handler = RULES.get(func)

@@ -505,6 +505,8 @@ SCALES = [
     (torch.float64,) * 3,
     (torch.bfloat16,) * 3,
     (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float64, torch.float64),
+    (torch.float32, torch.float32, torch.float64),
 ]
 
 
@@ -515,7 +517,7 @@ def test_layer_scale(with_residual, size, dtypes, backend):
     check_layer_scale(size, dtypes, with_residual)
 
 
-@pytest.mark.parametrize("dtypes", [SCALES[0], *SCALES[2:], (torch.float16, torch.float32, torch.float32)], ids=str)
+@pytest.mark.parametrize("dtypes", [SCALES[0], *SCALES[2:4], (torch.float16, torch.float32, torch.float32)], ids=str)
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_triton_layer_scale(with_residual, dtypes, on_triton):
     check_layer_scale((200, 65), dtypes, with_residual, on_triton)

@@ -165,6 +165,8 @@ def layer_scale(features: torch.Tensor, weight: torch.Tensor, residual: torch.Te
         )
     if torch.compiler.is_compiling():
         return features * weight if residual is None else features * weight + residual
+    if torch.float64 in (weight.dtype, None if residual is None else residual.dtype):
+        features = features.double()  # else the kernels compute in the type of the features
     run = backend.select("norm", features.device, features.dtype, features)
     return LayerScaleFunction.apply(features, weight, residual, run)
 
