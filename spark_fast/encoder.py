@@ -72,6 +72,7 @@ class Encoder(nn.Module):
         strides, channels: of the maps used, finest first.
         total_stride: the coarsest stride.
         exact: every map's size is the images' divided by its stride; others are resized to it.
+        fuse: whether operations that the model calls one after the other may run as one kernel (`spark_fast.fusion`).
 
     Raises:
         ValueError: unknown model or layer, no maps, maps not halving, `in_chans` that the model does not take.
@@ -99,6 +100,7 @@ class Encoder(nn.Module):
         self.feature_layers = _feature_layers(model, feature_layers)
         self.maps = _Maps(len(self.feature_layers or ()))
         self.taps = [_Tap(name, self.maps) for name in self.feature_layers or ()]
+        self.fuse = True
         self.used: list[int] | None = None  # indices of the maps used; None while probing: all
         self._probe(in_chans, stages, img_size)
 
@@ -185,7 +187,8 @@ class Encoder(nn.Module):
         Networks whose padding does not keep the size (Inception's) give maps that are a little smaller than the images'
         size by the stride: these are resized to it, each pixel taking the nearest one's features.
         """
-        maps = self._fused(x) if isinstance(x, SparseTensor) and not torch.compiler.is_compiling() else self._maps(x)
+        fuse = self.fuse and isinstance(x, SparseTensor) and not torch.compiler.is_compiling()
+        maps = self._fused_maps(x) if fuse else self._all_maps(x)
         if self.used is None:
             return maps
         height, width = x.shape[2:]
@@ -199,18 +202,17 @@ class Encoder(nn.Module):
             )
         return [_resized(value, x, size) for value, size in zip(maps, sizes, strict=True)]
 
-    def _fused(self, x: SparseTensor) -> list:
-        """The maps of a run in which batch norms join what comes after them."""
+    def _fused_maps(self, x: SparseTensor) -> list:
         x = x.with_features(x.features)
         x.fusion = Fusion()
         try:
-            maps = self._maps(x)
+            maps = self._all_maps(x)
             x.fusion.settle()
         finally:
             x.fusion.open = False
         return maps
 
-    def _maps(self, x: SparseTensor | torch.Tensor) -> list:
+    def _all_maps(self, x: SparseTensor | torch.Tensor) -> list:
         return self._tapped(x) if self.feature_layers else _as_list(self.model(x))
 
     def _tapped(self, x: SparseTensor | torch.Tensor) -> list:

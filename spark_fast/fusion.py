@@ -58,7 +58,7 @@ class Pending:
         if self._versions() != self.versions:
             raise RuntimeError(
                 f"{self.name} of a SparseTensor: its input, weight, bias or shortcut was changed in place before the "
-                "result was read. Read the result before (its .features), or change a clone"
+                "result was read. Read the result before (its .features), change a clone, or set encoder.fuse = False"
             )
 
     def but(self, **changes) -> Pending:

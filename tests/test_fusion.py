@@ -213,8 +213,7 @@ def test_networks_compute_what_they_did(name, joined):
     results = []
     for fused in (True, False):
         at = copy.deepcopy(model)
-        if not fused:
-            at._fused = at._maps
+        at.fuse = fused
         maps = at(sf.SparseTensor.from_dense(pixels, sf.ActivePatches(active)))
         sum(m.features.square().mean() for m in maps).backward()
         results.append(([m.features for m in maps], [p.grad for p in at.parameters()], list(at.buffers())))
@@ -588,3 +587,10 @@ def test_a_pending_result_is_pickled_as_its_rows():
         return y
 
     encoder(end)(images())
+
+
+def test_it_can_be_turned_off(joined):
+    model = encoder(add_in_place)
+    model.fuse = False
+    model(images())
+    assert not joined
