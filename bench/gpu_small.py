@@ -21,7 +21,8 @@ from spark_fast.ops.conv import conv2d, conv_transpose2d, project
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.group_norm import group_norm
 from spark_fast.ops.linear import linear
-from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter
+from spark_fast.ops.mlp import mlp
+from spark_fast.ops.norm import batch_norm, batch_norm_scatter, layer_norm, layer_norm_scatter, layer_scale
 from spark_fast.ops.patch_loss import patch_loss
 from spark_fast.ops.pool import max_pool2d
 
@@ -105,6 +106,9 @@ def others(patches: sf.ActivePatches) -> Iterator[Case]:
     def relu_norm(patches, x, w, b):
         return batch_norm(x, None, None, w, b, training=True, activation="relu")
 
+    def joined_norm(patches, x, skip, w, b):
+        return batch_norm(x, None, None, w, b, training=True, activation="silu", residual=skip)
+
     def filled_norm(patches, x, fill, w, b):
         return batch_norm_scatter(x, patches, 3, fill, None, None, w, b, training=True)
 
@@ -116,6 +120,11 @@ def others(patches: sf.ActivePatches) -> Iterator[Case]:
     matrix = torch.randn(7, 5).double()
     yield Case("linear", "linear", lambda p, x, w, b: linear(x, w, b), (x, matrix, torch.randn(7).double()), 3)
     yield Case("norm", "batch norm, ReLU", relu_norm, (x, weight, bias), 3)
+    yield Case("norm", "batch norm, shortcut, SiLU", joined_norm, (x, rows(patches, 3, 5), weight, bias), 4)
+    scaled = (x, weight, rows(patches, 3, 5))
+    yield Case("norm", "layer scale, shortcut", lambda p, x, w, skip: layer_scale(x, w, skip), scaled, 3)
+    widths = (x, torch.randn(20, 5).double(), torch.randn(20).double(), torch.randn(7, 20).double() / 4)
+    yield Case("mlp", "MLP", lambda p, x, w1, b1, w2, b2: mlp(x, w1, b1, w2, b2), (*widths, torch.randn(7).double()), 5)
     yield Case("norm", "layer norm", lambda p, x, w, b: layer_norm(x, w, b), (x, weight, bias), 3)
     filled = (x, torch.randn(5).double(), weight, bias)
     yield Case("norm", "batch norm to maps", filled_norm, filled, 4)

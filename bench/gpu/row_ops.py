@@ -26,7 +26,8 @@ from bench.nets import plain_loss
 from spark_fast.ops.conv import project
 from spark_fast.ops.densify import gather_patches, scatter_patches
 from spark_fast.ops.group_norm import group_norm
-from spark_fast.ops.norm import batch_norm, layer_norm, layer_norm_scatter
+from spark_fast.ops.mlp import mlp
+from spark_fast.ops.norm import batch_norm, layer_norm, layer_norm_scatter, layer_scale
 from spark_fast.ops.patch_loss import patch_loss
 from spark_fast.ops.pool import max_pool2d
 
@@ -75,6 +76,11 @@ def specs(patches: sf.ActivePatches, tiny: bool) -> Iterator[Spec]:
     for side, channels in ((8, 64), (8, 256), (2, 1024)):
         make = partial(_batch_norm, patches, side, few(channels))
         yield Spec(f"batch norm + ReLU, side {side}, {channels} channels", make)
+    make = partial(_batch_norm, patches, 8, few(256), shortcut=True)
+    yield Spec("batch norm + shortcut + ReLU, side 8, 256 channels", make)
+    for side, channels in ((8, 128), (2, 512)):
+        yield Spec(f"MLP, side {side}, {channels} channels", partial(_mlp, patches, side, few(channels)))
+    yield Spec("layer scale + shortcut, side 8, 128 channels", partial(_layer_scale, patches, 8, few(128)))
     for side, channels in ((8, 128), (2, 512)):
         yield Spec(f"layer norm, side {side}, {channels} channels", partial(_layer_norm, patches, side, few(channels)))
     for side, channels in ((8, 256), (1, 2048)):
@@ -116,20 +122,55 @@ def _last(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-def _batch_norm(patches: sf.ActivePatches, side: int, channels: int) -> Case:
+def _batch_norm(patches: sf.ActivePatches, side: int, channels: int, shortcut: bool = False) -> Case:
     x = _rows(patches, side, channels)
     weight, bias = (torch.rand(channels, device=x.device) + 0.5 for _ in range(2))
+    skip = [_rows(patches, side, channels)] * shortcut
 
-    def ours(x, weight, bias):
-        return batch_norm(x, None, None, weight, bias, training=True, activation="relu")
+    def ours(x, weight, bias, residual=None):
+        return batch_norm(x, None, None, weight, bias, training=True, activation="relu", residual=residual)
 
-    def truth(x, weight, bias):
-        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
+    def truth(x, weight, bias, residual=None):
+        normal = F.batch_norm(x, None, None, weight, bias, training=True)
+        return F.relu(normal if residual is None else normal + residual)
 
-    maps = (_last(_map(x, patches, side)), weight, bias)
+    maps = (_last(_map(x, patches, side)), weight, bias, *(_last(_map(t, patches, side)) for t in skip))
     rows = x.shape[0]
-    terms = (1, channels, rows, rows)
-    return Case("norm", ours, truth, (x, weight, bias), truth, maps, 0, terms)
+    terms = (1, channels, rows, rows, *[1] * shortcut)
+    return Case("norm", ours, truth, (x, weight, bias, *skip), truth, maps, 0, terms)
+
+
+def _mlp(patches: sf.ActivePatches, side: int, channels: int) -> Case:
+    x, hidden = _rows(patches, side, channels), 4 * channels
+    weight1 = (torch.randn(hidden, channels, device=x.device) / channels**0.5).to(HALF)
+    weight2 = (torch.randn(channels, hidden, device=x.device) / hidden**0.5).to(HALF)
+    bias1, bias2 = (torch.randn(n, device=x.device).to(HALF) for n in (hidden, channels))
+
+    def truth(x, weight1, bias1, weight2, bias2):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+    weights = (weight1, bias1, weight2, bias2)
+    pixels = _last(_map(x, patches, side)).permute(0, 2, 3, 1).contiguous()
+    rows = x.shape[0]
+    terms = (channels + hidden, channels + hidden, rows + channels, rows, rows + channels, rows)
+    flops = 3 * 4 * rows * channels * hidden
+    return Case("mlp", mlp, truth, (x, *weights), truth, (pixels, *weights), flops, terms)
+
+
+def _layer_scale(patches: sf.ActivePatches, side: int, channels: int) -> Case:
+    """In the dtypes of a ConvNeXt under autocast."""
+    x, skip = _rows(patches, side, channels), _rows(patches, side, channels).float()
+    weight = torch.rand(channels, device=x.device) + 0.5
+
+    def ours(x, weight, skip):
+        return layer_scale(x, weight, skip)
+
+    def truth(x, weight, skip):
+        return x * weight + skip
+
+    pixels = [_last(_map(t, patches, side)).permute(0, 2, 3, 1).contiguous() for t in (x, skip)]
+    maps, terms = (pixels[0], weight, pixels[1]), (2, 1, x.shape[0], 1)
+    return Case("norm", ours, truth, (x, weight, skip), truth, maps, 0, terms)
 
 
 def _layer_norm(patches: sf.ActivePatches, side: int, channels: int) -> Case:
