@@ -130,8 +130,8 @@ def norms(active: sf.ActivePatches, dtype: torch.dtype) -> Iterator[Case]:
 
         def run():
             for residual in (wide, None):
-                triton.batch_apply(x, residual, c, c, c, None, None, dtype=FLOAT)
-            triton.batch_norm_backward(wide, x, None, c, c, c, None, False, None)
+                triton.batch_apply(x, residual, None, None, c, None, None, dtype=FLOAT)
+            triton.batch_norm_backward(wide, x, None, None, None, c, None, False, None)
 
         return Case(f"layer scale {channels} channels, {short(dtype)}", dtype, run, tuple(configs.BATCH))
 

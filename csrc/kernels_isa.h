@@ -76,12 +76,12 @@ template <typename T>
 void batch_statistics(int64_t rows, int64_t channels, const T* x, double momentum, double eps, T* running_mean,
                       T* running_var, T* mean, T* rstd, int threads);
 
-// y = activation((x - mean) * rstd * weight + bias + residual); residual, weight and bias may be null.
+// y = activation((x - mean) * rstd * weight + bias + residual), each of which may be null: 0, or 1 of a factor.
 template <typename T>
 void batch_apply(int64_t rows, int64_t channels, const T* x, const T* residual, const T* mean, const T* rstd,
                  const T* weight, const T* bias, Activation, T* y, int threads);
 
-// dx may be null. dresidual is written if there is a residual.
+// dx may be null, and mean and rstd without `training`. dresidual is written if there is a residual.
 template <typename T>
 void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x, const T* residual, const T* weight,
                          const T* bias, const T* mean, const T* rstd, bool training, Activation, T* dx, T* dresidual,

@@ -118,8 +118,10 @@ struct Affine {
   std::vector<T> scale, shift;
 
   Affine(const Parts<T>& parts, const T* weight, const T* bias, const T* mean, const T* rstd)
-      : scale(parts.joined([=](int64_t c) { return weight ? weight[c] * rstd[c] : rstd[c]; })),
-        shift(parts.joined([&](int64_t c) { return (bias ? bias[c] : 0.) - double(mean[c]) * scale[c]; })) {}
+      : scale(parts.joined([=](int64_t c) { return (weight ? weight[c] : T(1)) * (rstd ? rstd[c] : T(1)); })),
+        shift(
+            parts.joined([&](int64_t c) { return (bias ? bias[c] : 0.) - (mean ? double(mean[c]) * scale[c] : 0.); })) {
+  }
 
   // What goes into the activation at an element; `residual` as with_residual gives it.
   template <typename Residual>
@@ -196,7 +198,7 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
                          T* dresidual, T* dweight, T* dbias, int threads) {
   const Parts<T> parts(rows, channels);
   const Affine<T> affine(parts, weight, bias, mean, rstd);
-  const std::vector<T> centers = parts.joined([=](int64_t c) { return mean[c]; });
+  const std::vector<T> centers = parts.joined([=](int64_t c) { return mean ? mean[c] : T(0); });
   const T *scale = affine.scale.data(), *center = centers.data();
   with_activation(activation, [&](auto constant) {
     with_residual(residual, [&](auto added) {
@@ -217,7 +219,7 @@ void batch_norm_backward(int64_t rows, int64_t channels, const T* dy, const T* x
           threads);
       for (int64_t c = 0; c < channels; ++c) {
         dbias[c] = static_cast<T>(sums[c]);
-        dweight[c] = static_cast<T>(sums[channels + c] * rstd[c]);
+        dweight[c] = static_cast<T>(sums[channels + c] * (rstd ? rstd[c] : T(1)));
       }
       if (!dx) return;
       const auto of_norm = [=](auto tag, int64_t i, int64_t c) {

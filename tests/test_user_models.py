@@ -47,7 +47,7 @@ def test_the_guide_runs_in_order_and_prints_what_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed, names = io.StringIO(), {}
     codes = [code for language, _, code in BLOCKS if language == "python"]
-    assert len(codes) == 9 and not any(skipped for _, skipped, _ in BLOCKS)
+    assert len(codes) == 10 and not any(skipped for _, skipped, _ in BLOCKS)
     with contextlib.redirect_stdout(printed):
         for code in codes:
             exec(compile(code, "user_models.md", "exec"), names)

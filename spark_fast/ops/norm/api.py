@@ -218,17 +218,15 @@ class LayerScaleFunction(torch.autograd.Function):
         features = features.contiguous()
         dtype = torch.promote_types(features.dtype, weight.dtype)
         dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-        wide = torch.promote_types(features.dtype, torch.float32)
-        mean, rstd = features.new_zeros(features.shape[1], dtype=wide), features.new_ones(features.shape[1], dtype=wide)
-        ctx.save_for_backward(features, mean, rstd, weight)
+        ctx.save_for_backward(features, weight)
         ctx.run = run
-        return run.batch_apply(features, residual, mean, rstd, weight, None, None, dtype=dtype)
+        return run.batch_apply(features, residual, None, None, weight, None, None, dtype=dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        features, mean, rstd, weight = ctx.saved_tensors
-        saved = (features, None, mean, rstd, weight, None)
+        features, weight = ctx.saved_tensors
+        saved = (features, None, None, None, weight, None)
         of_features, of_weight, _, _ = ctx.run.batch_norm_backward(grad.contiguous(), *saved, False, None)
         return *wanted_grads(ctx, (of_features, of_weight, grad), (features, weight, grad)), None
 

@@ -36,7 +36,7 @@ def batch_norm_backward(
     grad, features, residual, mean, rstd, weight, bias, training, activation
 ) -> tuple[torch.Tensor | None, ...]:
     x, grad, residual, mean, rstd, weight, bias = computing(features, grad, residual, mean, rstd, weight, bias)
-    out, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    out, grad_weight, grad_bias = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
     grad_residual = None if residual is None else torch.empty_like(x)
     native.module().batch_norm_backward(
         x.element_size(), *x.shape, address(grad), address(x), address(residual), address(weight), address(bias),

@@ -29,7 +29,7 @@ def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=
 def batch_norm_backward(
     grad, features, residual, mean, rstd, weight, bias, training, activation
 ) -> tuple[torch.Tensor | None, ...]:
-    weight = _packed(weight)
+    weight, (mean, rstd) = _packed(weight), _statistics(features, mean, rstd)
     if activation is not None:
         y = _normal(features, residual, mean, rstd, weight, bias)
         grad = _before_activation(grad, y, activation).to(grad.dtype)
@@ -83,7 +83,14 @@ def _wide(rows: torch.Tensor) -> torch.Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
+def _statistics(features, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
+    if mean is None:
+        mean = features.new_zeros(features.shape[1], dtype=torch.promote_types(features.dtype, torch.float32))
+    return mean, torch.ones_like(mean) if rstd is None else rstd
+
+
 def _normal(features, residual, mean, rstd, weight, bias) -> torch.Tensor:
+    mean, rstd = _statistics(features, mean, rstd)
     y = (_wide(features) - mean).mul_(rstd if weight is None else rstd * weight)
     for added in (bias, residual):
         y = y if added is None else y.add_(added)

@@ -1,4 +1,4 @@
-"""The formulas, in at least float32."""
+"""The formulas, in at least float32. Without `mean` and `rstd` of a batch norm these are 0 and 1, in every backend."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def batch_statistics(features, running_mean, running_var, momentum, eps) -> tupl
 
 
 def batch_apply(features, residual, mean, rstd, weight, bias, activation, dtype=None) -> torch.Tensor:
+    mean, rstd = _statistics(features, mean, rstd)
     y = _affine((features.to(mean.dtype) - mean) * rstd, weight, bias)
     return ACTIVATIONS[activation](y if residual is None else y + residual).to(dtype or features.dtype)
 
@@ -27,6 +28,7 @@ def batch_norm_backward(
     grad, features, residual, mean, rstd, weight, bias, training, activation
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of the features, the weight, the bias, and the residual if there is one."""
+    mean, rstd = _statistics(features, mean, rstd)
     x, grad = features.to(mean.dtype), grad.to(mean.dtype)
     normal = (x - mean) * rstd
     y = _affine(normal, weight, bias)
@@ -52,6 +54,12 @@ def layer_norm_backward(grad, features, weight, bias, mean, rstd) -> tuple[torch
     inner = grad if weight is None else grad * weight
     grad_input = (inner - inner.mean(1, keepdim=True) - normal * (inner * normal).mean(1, keepdim=True)) * rstd
     return grad_input.to(features.dtype), (grad * normal).sum(0), grad.sum(0)
+
+
+def _statistics(features, mean, rstd) -> tuple[torch.Tensor, torch.Tensor]:
+    if mean is None:
+        mean = features.new_zeros(features.shape[1], dtype=torch.promote_types(features.dtype, torch.float32))
+    return mean, torch.ones_like(mean) if rstd is None else rstd
 
 
 def _affine(x, weight, bias) -> torch.Tensor:
