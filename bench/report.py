@@ -17,7 +17,7 @@ from bench import gpu_tables, plot, sweeps, tables
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- table: ([a-z -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 README_BEGIN, README_END = "<!-- benchmark table: made by bench/report.py -->", "<!-- end of benchmark table -->"
-RESULTS = ("cpu.json", "cpu-default-allocator.json", "cpu-pixels.json")
+RESULTS = ("cpu.json", "cpu-default-allocator.json", "cpu-pixels.json", "cpu-other.json")
 PLOT = "docs/mask_ratio.svg"
 
 
@@ -42,10 +42,14 @@ def load_gpus(root: Path) -> list[dict]:
 
 
 def sections(
-    result: dict | None, default: dict | None, pixels: dict | None, gpus: Sequence[dict] = ()
+    result: dict | None,
+    default: dict | None,
+    pixels: dict | None,
+    other: dict | None = None,
+    gpus: Sequence[dict] = (),
 ) -> dict[str, str]:
     """The generated parts of docs/performance.md by name; `default`: the results with the default allocator; `pixels`:
-    those of random pixel masks; `gpus`: those of `bench.gpu_check`."""
+    those of random pixel masks; `other`: networks on another machine; `gpus`: those of `bench.gpu_check`."""
     mask_ratio = sweeps.mask_ratio(result)
     if sweeps.series(result):
         mask_ratio += f"\n\n![time against mask ratio]({Path(PLOT).name})\n\n" + sweeps.times(result)
@@ -55,6 +59,11 @@ def sections(
         "steps": tables.steps(result),
         "default allocator": "\n\n".join(
             (tables.encoders(default), tables.steps(default), tables.provenance(default)) if default
+            else (tables.NOT_MEASURED,)
+        ),
+        "another machine": "\n\n".join(
+            (tables.encoders(other), tables.steps(other), tables.memory(other), tables.losses(other),
+             tables.provenance(other)) if other
             else (tables.NOT_MEASURED,)
         ),
         "parts": tables.modules(result),
@@ -86,6 +95,16 @@ def readme_table(result: dict | None) -> str:
     return f"{tables.table(heads, rows)}\n\n{where}{tables.provenance(result)}"
 
 
+def readme_other(other: dict | None) -> str:
+    """The gains on another machine, in a sentence."""
+    if other is None:
+        return ""
+    cases = [*tables.cases(other, "encoder"), *tables.cases(other, "step")]
+    gains = ", ".join(f"{i['net']}{' step' * (i['kind'] == 'step')} {tables.gain(i['ratio']['dense'])}" for i in cases)
+    speed, commit = other["machine_info"]["gemm_gflops"], other["commit_info"]["id"]
+    return f"\n\nOn a slower machine, of {speed:.0f} GFLOP/s, and commit {commit}: {gains}."
+
+
 def filled(text: str, parts: dict[str, str]) -> str:
     """`text` with the parts between their markers; KeyError for a marker that nothing fills, or the other way round."""
     names = [match[1] for match in MARKERS.findall(text)]
@@ -96,13 +115,13 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def outputs(root: Path) -> dict[Path, str]:
     """What each generated text file must hold."""
-    result, default, pixels = (load(root, name) for name in RESULTS)
+    result, default, pixels, other = (load(root, name) for name in RESULTS)
     performance, readme = root / "docs" / "performance.md", root / "README.md"
     head, rest = readme.read_text().split(README_BEGIN)
     _, tail = rest.split(README_END)
     return {
-        performance: filled(performance.read_text(), sections(result, default, pixels, load_gpus(root))),
-        readme: f"{head}{README_BEGIN}\n{readme_table(result)}\n{README_END}{tail}",
+        performance: filled(performance.read_text(), sections(result, default, pixels, other, load_gpus(root))),
+        readme: f"{head}{README_BEGIN}\n{readme_table(result)}{readme_other(other)}\n{README_END}{tail}",
     }
 
 

@@ -31,7 +31,7 @@ def test_the_suite_runs_and_fills_every_table(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(str(ROOT))
     report = importlib.import_module("bench.report")
-    parts = report.sections(result, result, result)
+    parts = report.sections(result, result, result, result)
     optional = {"spconv"} if importlib.util.find_spec("spconv") is None else set()
     if not Path("/proc/self/clear_refs").exists():
         optional.add("memory")
