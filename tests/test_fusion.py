@@ -499,6 +499,21 @@ def test_nothing_in_a_region_joins_what_is_outside(name):
     torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_drops_nothing_gives_what_pytorch_gives(inplace, training):
+    """Its input itself."""
+
+    def end(block, y, x):
+        before = block.bn(y)
+        after = F.dropout(before, 0.0, training, inplace)
+        after += x
+        return before * 2 + after
+
+    model = encoder(end)
+    torch.testing.assert_close(run(model, images()), run(model, images(), fused=False), rtol=1e-12, atol=1e-13)
+
+
 def test_a_constant_scale_keeps_no_map(joined):
     def end(block, y, x):
         y = y * 1
