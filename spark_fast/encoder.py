@@ -203,6 +203,7 @@ class Encoder(nn.Module):
         return [_resized(value, x, size) for value, size in zip(maps, sizes, strict=True)]
 
     def _fused_maps(self, x: SparseTensor) -> list:
+        """The maps of a run whose operations may wait for those after them; none does when it is over."""
         x = x.with_features(x.features)
         x.fusion = Fusion()
         try:
